@@ -1,0 +1,316 @@
+"""One YAML file is one complete run: the dataclasses it is built into, and the checks between their fields.
+
+The defaults are the MOPD paper's choices (arXiv 2606.30406, Appendix A) where it states them. Imports no torch,
+so that a configuration is checked in a second. Checks that need files (tokenizer, checkpoints) or the model's
+shape are in `preflight.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_mopd.yaml_config import REST, ConfigError, apply_overrides, build, dump_yaml, load_yaml, read_text
+
+Stage = Literal["sft", "rl", "mopd"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The student: its architecture and tokenizer, and the weights it starts from."""
+
+    hf_config: str | None = None
+    """Folder or Hub name with config.json and the tokenizer; default: that of `checkpoint`."""
+    checkpoint: str | None = None
+    """Folder or Hub name with safetensors, or a checkpoint of this program; null starts from random weights."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and activations; gradients and the optimizer are always fp32."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hf_config is not None or self.checkpoint is not None,
+            "hf_config and checkpoint are both missing; set hf_config to a folder with config.json",
+        )
+
+    @property
+    def source(self) -> str:
+        """Where config.json and the tokenizer are read from."""
+        return self.hf_config or self.checkpoint or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    checkpoint: str
+    """Folder or Hub name with safetensors, a checkpoint of this program, or `self`: the student at the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """Where a domain's prompts come from: exactly one of a reasoning-gym task or a JSONL file."""
+
+    reasoning_gym: str | None = None
+    """Name of a reasoning-gym task; every further key is a parameter of that task."""
+    jsonl: str | None = None
+    """File of {"prompt" or "messages", "answer"} lines."""
+    held_out: str | None = None
+    """JSONL file for evaluation; default: the tenth of `jsonl` whose prompts hash to 0 mod 10."""
+    params: dict[str, Any] = field(default_factory=dict, metadata=REST)
+
+    def __post_init__(self) -> None:
+        given = [name for name in (self.reasoning_gym, self.jsonl) if name is not None]
+        _require(len(given) == 1, "give exactly one of reasoning_gym (a task name) and jsonl (a file)")
+        if self.jsonl is not None and self.params:
+            raise ConfigError(f"unknown key '{next(iter(self.params))}'. Known keys: jsonl, held_out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainSpec:
+    source: SourceSpec
+    teacher: str | None = None
+    """Key into `teachers`; needed in the `mopd` stage and only there."""
+    verifier: Literal["task", "math", "exact", "none"] = "task"
+    """task: the reasoning-gym task's own scorer · math: math-verify · exact: same text · none: no reward."""
+    weight: float = 1.0
+    """Share of the prompts of a step, relative to the other domains."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are left out and counted, never cut."""
+    max_response_tokens: int = 32768
+    wrong_answers: float = 0.0
+    """`sft` stage: share of reference answers that are replaced by another item's, to leave RL something to do."""
+    system_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"weight: must be > 0, got {self.weight}; remove the domain to leave it out")
+        _require(self.max_prompt_tokens > 0, "max_prompt_tokens: must be > 0")
+        _require(self.max_response_tokens > 0, "max_response_tokens: must be > 0")
+        _require(0 <= self.wrong_answers < 1, "wrong_answers: must be in [0, 1)")
+        if self.verifier == "task" and self.source.reasoning_gym is None:
+            raise ConfigError("verifier: 'task' needs a reasoning_gym source; use math, exact or none with jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSpec:
+    """What is minimised. `stage` decides which kinds are allowed."""
+
+    kind: Literal["sampled", "full_vocab", "grpo", "cross_entropy"] = "sampled"
+    aggregation: Literal["sequence", "token"] = "sequence"
+    """sequence: mean over tokens, then over sequences (the papers) · token: mean over all tokens."""
+    advantage_clip: float = 5.0
+    """`sampled`: A_max of MOPD Eq. 4."""
+    outcome_weight: float = 0.0
+    """`sampled`: alpha of the outcome term alpha * A_GRPO (MiMo-V2-Flash Eq. 9)."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    """`grpo`: the ratio is clipped to [1 - clip_low, 1 + clip_high] (DAPO's clip-higher)."""
+    normalise_by_std: bool = True
+    """`grpo`: divide the centred group rewards by their standard deviation."""
+    dynamic_sampling: bool = False
+    """`grpo`: replace groups whose rewards are all equal by fresh ones (DAPO)."""
+    max_sampling_rounds: int = 4
+    """`grpo`: with dynamic sampling, give up on filling the batch after this many rounds."""
+
+    def __post_init__(self) -> None:
+        _require(self.advantage_clip > 0, "advantage_clip: must be > 0")
+        _require(self.outcome_weight >= 0, "outcome_weight: must be >= 0")
+        _require(0 < self.clip_low < 1, "clip_low: must be in (0, 1)")
+        _require(self.clip_high > 0, "clip_high: must be > 0")
+        _require(self.max_sampling_rounds >= 1, "max_sampling_rounds: must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSpec:
+    engine: Literal["in_process"] = "in_process"
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    batch_size: int = 256
+    """Sequences that one rank decodes together."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples_per_prompt >= 1, "samples_per_prompt: must be >= 1")
+        _require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
+        _require(0 < self.top_p <= 1, "top_p: must be in (0, 1]")
+        _require(self.top_k >= 0, "top_k: must be >= 0 (0 is no limit)")
+        _require(self.batch_size >= 1, "batch_size: must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """AdamW through Megatron's distributed optimizer."""
+
+    lr: float
+    min_lr: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """From `lr` after the warm-up to `min_lr` at the last step."""
+    warmup_steps: int = 0
+    clip_grad: float = 1.0
+    """Global norm; 0 switches clipping off."""
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1.0e-8
+    updates_per_step: int = 1
+    """Optimizer updates per batch of rollouts; 1 is strictly on-policy."""
+    max_tokens_per_microbatch: int = 16384
+    freeze_router: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr: must be > 0")
+        _require(0 <= self.min_lr <= self.lr, "min_lr: must be in [0, lr]")
+        _require(self.warmup_steps >= 0, "warmup_steps: must be >= 0")
+        _require(self.clip_grad >= 0, "clip_grad: must be >= 0 (0 is off)")
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas: two numbers in [0, 1)")
+        _require(self.updates_per_step >= 1, "updates_per_step: must be >= 1")
+        _require(self.max_tokens_per_microbatch >= 1, "max_tokens_per_microbatch: must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSpec:
+    """Degrees of parallelism. Data parallel is what is left: world / (tensor * pipeline)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    """Expert parallel ranks; they lie in the tensor x data ranks of a pipeline stage."""
+    ranks: int | None = None
+    """Ranks that `mopd run` starts on this machine; default: one per GPU, or the fewest that fit on a CPU."""
+    port: int | None = None
+    """Rendezvous port on the loopback interface; default: a free one."""
+    recompute: bool = False
+    """Recompute activations in the backward pass, layer by layer."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "expert"):
+            _require(getattr(self, name) >= 1, f"{name}: must be >= 1")
+        _require(self.ranks is None or self.ranks >= 1, "ranks: must be >= 1")
+        _require(self.port is None or 1 <= self.port <= 65535, "port: must be in 1..65535")
+
+    @property
+    def default_ranks(self) -> int:
+        """The fewest ranks with this layout: experts fold over tensor and data ranks."""
+        stage = max(self.tensor, self.expert)
+        return self.ranks or self.pipeline * stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSpec:
+    every: int = 20
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "every: must be >= 1")
+        _require(self.keep_last >= 1, "keep_last: must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    prompts: int = 200
+    """Held-out prompts per domain."""
+    samples: int = 1
+    temperature: float = 1.0
+    every: int = 0
+    """Steps between evaluations during training; 0: only `mopd eval`."""
+    seed: int = 20260629
+    """Of the held-out prompts: the same for every run, so that runs can be compared."""
+
+    def __post_init__(self) -> None:
+        _require(self.prompts >= 1, "prompts: must be >= 1")
+        _require(self.samples >= 1, "samples: must be >= 1")
+        _require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
+        _require(self.every >= 0, "every: must be >= 0 (0 is off)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSpec:
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Project name; needs the wandb package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    run_dir: str
+    stage: Stage
+    steps: int
+    prompts_per_step: int
+    model: ModelSpec
+    domains: dict[str, DomainSpec]
+    optim: OptimSpec
+    objective: ObjectiveSpec
+    seed: int = 0
+    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
+    allow_identical_teacher: bool = False
+    """Let a teacher with the student's own weights pass; without it such a run is refused as inert."""
+    rollout: RolloutSpec = field(default_factory=RolloutSpec)
+    parallel: ParallelSpec = field(default_factory=ParallelSpec)
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    evaluation: EvalSpec = field(default_factory=EvalSpec)
+    log: LogSpec = field(default_factory=LogSpec)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "steps: must be >= 0")
+        _require(self.prompts_per_step >= 1, "prompts_per_step: must be >= 1")
+        _require(bool(self.domains), "domains: is empty; name at least one domain with a source")
+        self._check_teachers()
+        self._check_objective()
+
+    def _check_teachers(self) -> None:
+        names = ", ".join(self.teachers) or "none"
+        if self.stage != "mopd":
+            _require(not self.teachers, f"teachers: not used in stage '{self.stage}'; remove them")
+            return
+        for name, domain in self.domains.items():
+            if domain.teacher is None:
+                raise ConfigError(f"domains.{name}.teacher: missing; name one of the teachers: {names}")
+            if domain.teacher not in self.teachers:
+                raise ConfigError(f"domains.{name}.teacher: '{domain.teacher}' is not in teachers ({names})")
+        used = {domain.teacher for domain in self.domains.values()}
+        for name in self.teachers:
+            _require(name in used, f"teachers.{name}: no domain uses it; remove it or route a domain to it")
+
+    def _check_objective(self) -> None:
+        allowed = {"sft": ("cross_entropy",), "rl": ("grpo",), "mopd": ("sampled", "full_vocab")}[self.stage]
+        kind, samples = self.objective.kind, self.rollout.samples_per_prompt
+        _require(kind in allowed, f"objective.kind: stage '{self.stage}' takes {' or '.join(allowed)}, got '{kind}'")
+        verified = all(domain.verifier != "none" for domain in self.domains.values())
+        outcome = kind == "grpo" or (kind == "sampled" and self.objective.outcome_weight > 0)
+        if outcome and samples < 2:
+            raise ConfigError("rollout.samples_per_prompt: group-normalised rewards need at least 2 samples a prompt")
+        if outcome and not verified:
+            raise ConfigError("domains: an outcome reward needs a verifier other than 'none' in every domain")
+        if outcome and self.rollout.temperature == 0:
+            raise ConfigError("rollout.temperature: group-normalised rewards need temperature > 0")
+        updates = self.optim.updates_per_step
+        _require(updates <= self.prompts_per_step, "optim.updates_per_step: more than prompts_per_step")
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        return tuple(self.domains)
+
+    @property
+    def needs_outcome(self) -> bool:
+        """Whether rollouts get a group-normalised outcome advantage."""
+        return self.objective.kind == "grpo" or self.objective.outcome_weight > 0
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's file, apply `key.path=value` overrides, and check it. Raises ConfigError."""
+    tree = apply_overrides(load_yaml(read_text(path, "config file"), str(path)), overrides)
+    try:
+        return build(RunConfig, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, every default included; `load_config` reads it back."""
+    path.write_text(dump_yaml(config), encoding="utf-8")
