@@ -302,6 +302,22 @@ class RunConfig:
         return self.objective.kind == "grpo" or self.objective.outcome_weight > 0
 
 
+def check_layout(parallel: ParallelSpec, world_size: int) -> None:
+    """Raise ConfigError when tensor x pipeline x expert does not fit `world_size` ranks."""
+    tp, pp, ep = parallel.tensor, parallel.pipeline, parallel.expert
+    if world_size % (tp * pp):
+        raise ConfigError(
+            f"parallel: tensor {tp} x pipeline {pp} = {tp * pp} does not divide the {world_size} ranks; "
+            f"start a multiple of {tp * pp} ranks or change parallel.tensor / parallel.pipeline"
+        )
+    stage = world_size // pp
+    if stage % ep:
+        raise ConfigError(
+            f"parallel.expert: {ep} does not divide the {stage} ranks of a pipeline stage "
+            f"({world_size} ranks / pipeline {pp}); start more ranks or change parallel.expert"
+        )
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's file, apply `key.path=value` overrides, and check it. Raises ConfigError."""
     tree = apply_overrides(load_yaml(read_text(path, "config file"), str(path)), overrides)

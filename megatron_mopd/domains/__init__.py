@@ -1,0 +1,1 @@
+"""Prompts with verifiable answers: where they come from, how domains are mixed, how responses are scored."""

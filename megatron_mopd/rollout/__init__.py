@@ -1,0 +1,1 @@
+"""Answers to prompts, with the log-probabilities they were sampled with."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mopd.config import ParallelSpec
 from megatron_mopd.yaml_config import ConfigError, read_text
 
 FAMILIES = ("qwen3", "qwen3_moe")
@@ -102,3 +103,20 @@ def _num_experts(raw: dict[str, Any]) -> int:
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 writes `rope_parameters`, earlier releases `rope_scaling` and a top-level rope_theta."""
     return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+
+
+def check_architecture(arch: Architecture, parallel: ParallelSpec, key: str = "parallel") -> None:
+    """Raise ConfigError when the model cannot be cut into this layout."""
+    tp, pp, ep = parallel.tensor, parallel.pipeline, parallel.expert
+    if arch.num_heads % tp or arch.num_kv_heads % tp:
+        raise ConfigError(
+            f"{key}.tensor: {tp} does not divide {arch.num_heads} heads and {arch.num_kv_heads} key/value heads"
+        )
+    if not arch.is_moe and arch.ffn_size % tp:
+        raise ConfigError(f"{key}.tensor: {tp} does not divide intermediate_size {arch.ffn_size}")
+    if arch.num_layers % pp:
+        raise ConfigError(f"{key}.pipeline: {pp} does not divide {arch.num_layers} layers")
+    if ep > 1 and not arch.is_moe:
+        raise ConfigError(f"{key}.expert: {ep}, but the model has no experts; set it to 1")
+    if arch.is_moe and arch.num_experts % ep:
+        raise ConfigError(f"{key}.expert: {ep} does not divide {arch.num_experts} experts")

@@ -1,0 +1,1 @@
+"""Frozen domain teachers that share the student's Megatron runtime."""

@@ -1,0 +1,35 @@
+# `make help` lists the targets. All of them but clean and help set the environment up first.
+SHELL := /bin/bash
+VENV  := .venv
+STAMP := $(VENV)/.setup-done
+BIN   := $(VENV)/bin
+
+# Two ranks on two cores: more threads, or threads that spin while they wait, only slow each other down.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup demo test lint clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(STAMP)  ## Make .venv with every dependency (minutes the first time, nothing after that)
+
+$(STAMP): pyproject.toml constraints.txt launch/setup.sh
+	@bash launch/setup.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP)  ## SFT base -> three RL teachers -> one MOPD student -> table and plots, in runs/demo
+	@$(BIN)/mopd demo
+
+test: $(STAMP)  ## Run all tests
+	@$(BIN)/python -m pytest -q
+
+lint: $(STAMP)  ## ruff check, ruff format --check, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy megatron_mopd kernels
+
+clean:  ## Remove .venv and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

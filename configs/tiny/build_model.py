@@ -1,0 +1,132 @@
+"""Write configs/tiny/model: the architecture and the tokenizer of the model that learns on two CPU cores.
+
+    python configs/tiny/build_model.py [folder]
+
+Every printable ASCII character is a token, so that the model has to work on letters and digits; what the
+demo's three reasoning-gym tasks say in every prompt, and the brackets of their answers, are one token each, so
+that prompts stay short. There are no weights: the `sft` stage starts from random ones.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+import sys
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|unk|>")
+
+SORT_RULES = """
+Please follow the instruction below:
+## 1. Let all your answers be a list of numbers. Instead of reporting your answer as \
+-69, -13, 1, 7, 11, 43, 59, 61, use ['-69', '-13', '1', '7', '11', '43', '59', '61'] instead
+## 2. Convert all numbers in the square brackets as strings. For example, \
+['-69', '-13', '1', '7', '11', '43', '59', '61']
+"""
+PHRASES = (
+    "State the final answer to the following arithmetic problem: ",
+    " + ",
+    " - ",
+    " =",
+    "Spell this word backward (example: sun -> nus): ",
+    "Sort these numbers in ascending order: ",
+    "Sort these numbers in descending order: ",
+    ".0, ",
+    ".0" + SORT_RULES,
+    "['",
+    ".0', '",
+    ".0']",
+)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{ raise_exception('unknown role ' + message['role'] + '; use system, user or assistant') }}
+{%- endif -%}
+{{ '<|' + message['role'] + '|>' + message['content'] }}
+{%- if message['role'] == 'assistant' -%}{{ '<|end|>' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}
+"""
+
+
+def build_tokenizer() -> Tokenizer:
+    alphabet = ["\n", *(character for character in map(chr, range(32, 127)))]
+    assert set(string.printable) - set("\t\r\x0b\x0c") == set(alphabet)
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    # BPE without merges: one token per character, whatever stands around it.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unk|>", fuse_unk=False))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
+    return tokenizer
+
+
+def build_config(vocab_size: int) -> dict[str, object]:
+    """Keys as in the published Qwen3-MoE models, which every release of transformers reads."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": vocab_size,
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.001,
+        "output_router_logits": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.02,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL.index("<|end|>"),
+        "pad_token_id": SPECIAL.index("<|pad|>"),
+        "torch_dtype": "float32",
+    }
+
+
+def build(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    end, pad = SPECIAL.index("<|end|>"), SPECIAL.index("<|pad|>")
+    files: dict[str, dict[str, object]] = {
+        "config.json": build_config(tokenizer.get_vocab_size()),
+        "generation_config.json": {
+            "do_sample": True,
+            "temperature": 1.0,
+            "eos_token_id": [end],
+            "pad_token_id": pad,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": 256,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|end|>",
+            "pad_token": "<|pad|>",
+            "unk_token": "<|unk|>",
+        },
+    }
+    for name, tree in files.items():
+        (folder / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "model")

@@ -1,0 +1,205 @@
+"""Scores responses: the reasoning-gym task's own scorer, math-verify, or exact text. Rewards are in [0, 1]."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from megatron_mopd.config import DomainSpec, RunConfig
+from megatron_mopd.domains.source import build_task
+from megatron_mopd.tokenizer import Tokenizer
+from megatron_mopd.types import Rollout
+from megatron_mopd.yaml_config import ConfigError
+
+SECONDS_PER_ANSWER = 2
+"""After which a response that keeps the scorer busy counts as wrong."""
+
+EVALUATING_TASKS = frozenset(
+    {
+        "binary_matrix",
+        "composite",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    }
+)
+"""Tasks whose scorer hands the response to Python's eval or SymPy's parse_expr (reasoning-gym 0.1.25)."""
+
+# Third-party scorers meet any text a model can produce; these are the ways in which they choke on it.
+_GARBAGE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+)
+
+_CALL = re.compile(r"([A-Za-z_]\w+)\s*\(")
+_HARMLESS_CALLS = frozenset(
+    {
+        "sin",
+        "cos",
+        "tan",
+        "sec",
+        "csc",
+        "cot",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "exp",
+        "log",
+        "ln",
+        "sqrt",
+        "Abs",
+        "abs",
+    }
+)
+_HUGE_POWER = re.compile(r"\*\*\s*\(*\s*[-+]?\d{4,}|\*\*\s*[(\s]*[\w.]+[)\s]*\*\*|\^\s*\d{4,}|!\s*!")
+
+
+class _TooSlow(BaseException):
+    """Not an Exception: several scorers catch those all and would go on."""
+
+
+def verify(rollouts: Sequence[Rollout], config: RunConfig, tokenizer: Tokenizer) -> list[Rollout]:
+    """The rollouts with `reward` set by their domain's verifier; truncated responses are scored as they are.
+
+    Must run in a process's main thread: its time limits use SIGALRM.
+    """
+    return [
+        dataclasses.replace(
+            rollout, reward=score(tokenizer.decode(rollout.response_ids), rollout, config.domains)
+        )
+        for rollout in rollouts
+    ]
+
+
+def score(response: str, rollout: Rollout, domains: Mapping[str, DomainSpec]) -> float:
+    """The reward of one response text."""
+    spec, prompt = domains[rollout.domain], rollout.prompt
+    if spec.verifier == "none":
+        return 0.0
+    answer = final_answer(response)
+    if spec.verifier == "exact":
+        return float(answer == prompt.answer.strip())
+    if spec.verifier == "math":
+        return score_math(answer, prompt.answer)
+    assert spec.source.reasoning_gym is not None
+    return score_task(answer, spec.source.reasoning_gym, spec.source.params, prompt.record)
+
+
+def final_answer(response: str) -> str:
+    """What is to be judged: the text after the reasoning, inside the last <answer> tag if there is one."""
+    text = response.rpartition("</think>")[2]
+    _, opened, tagged = text.rpartition("<answer>")
+    if opened:
+        text = tagged.partition("</answer>")[0]
+    return text.strip()
+
+
+def score_task(answer: str, task: str, params: Mapping[str, Any], record: Mapping[str, Any]) -> float:
+    """The task's own score; 0 for what its scorer chokes on, must not evaluate, or takes too long for."""
+    if task in EVALUATING_TASKS and not _safe_to_evaluate(answer):
+        return 0.0
+    scorer = _task_scorer(task, json.dumps(params, sort_keys=True))
+    try:
+        with _time_limit(SECONDS_PER_ANSWER):
+            value = float(scorer(answer, dict(record)))
+    except (*_GARBAGE, _TooSlow):
+        return 0.0
+    return min(max(value, 0.0), 1.0)
+
+
+def score_math(answer: str, truth: str) -> float:
+    """1 when math-verify finds the two equal: numbers, fractions, LaTeX, boxed or plain."""
+    if answer == truth.strip():
+        return 1.0
+    # Imported here: two seconds that runs without this verifier need not pay.
+    from math_verify import parse, verify
+
+    given = parse(answer, parsing_timeout=SECONDS_PER_ANSWER)
+    return (
+        float(verify(list(_parse_truth(truth)), given, timeout_seconds=SECONDS_PER_ANSWER)) if given else 0.0
+    )
+
+
+def group_advantages(rollouts: Sequence[Rollout], normalise_by_std: bool) -> list[Rollout]:
+    """The rollouts with outcome_advantage = (r - mean) / (std + 1e-6) over the samples of their prompt.
+
+    GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2), with the population standard deviation; without
+    `normalise_by_std` only centred (Dr. GRPO, arXiv 2503.20783). A group with equal rewards gets exactly 0.
+    """
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for index, rollout in enumerate(rollouts):
+        groups[rollout.prompt.id].append(index)
+    advantages = np.zeros(len(rollouts))
+    for indices in groups.values():
+        rewards = np.array([rollouts[index].reward for index in indices], dtype=np.float64)
+        if rewards.min() == rewards.max():
+            continue  # the mean may be off by a bit, which a std of about 0 would blow up
+        scale = rewards.std() + 1e-6 if normalise_by_std else 1.0
+        advantages[indices] = (rewards - rewards.mean()) / scale
+    return [
+        dataclasses.replace(rollout, outcome_advantage=float(value))
+        for rollout, value in zip(rollouts, advantages, strict=True)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _task_scorer(task: str, params: str) -> Callable[[str, dict[str, Any]], float]:
+    return build_task(task, json.loads(params), seed=0, size=1, key=f"task {task}").score_answer
+
+
+@lru_cache(maxsize=4096)
+def _parse_truth(truth: str) -> tuple[Any, ...]:
+    from math_verify import parse
+
+    # Boxed, so that bare LaTeX is read as such; the samples of one prompt share the result.
+    text = truth if "\\boxed" in truth else f"\\boxed{{{truth.strip().strip('$')}}}"
+    parsed = parse(text, parsing_timeout=SECONDS_PER_ANSWER)
+    if not parsed:
+        raise ConfigError(
+            f"reference answer {truth!r}: math-verify cannot read it; use verifier exact, or correct it"
+        )
+    return tuple(parsed)
+
+
+def _safe_to_evaluate(answer: str) -> bool:
+    """Whether it is data or a formula, with no attribute, call or power that may do harm or never end."""
+    if "__" in answer or "lambda" in answer or _HUGE_POWER.search(answer):
+        return False
+    return all(name in _HARMLESS_CALLS for name in _CALL.findall(answer))
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    def stop(signum: int, frame: object) -> None:
+        raise _TooSlow
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,63 @@
+"""Accuracy on held-out prompts, the same ones for every run with the same `evaluation.seed`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_mopd.config import RunConfig
+from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.hub import resolve_folder
+from megatron_mopd.parallel.runtime import start_world, stop_world
+from megatron_mopd.preflight import resolve_inputs
+from megatron_mopd.rollout.collect import Collector
+from megatron_mopd.rollout.engine import Sampling
+from megatron_mopd.rollout.in_process import InProcessEngine
+from megatron_mopd.student.architecture import Architecture, read_architecture
+from megatron_mopd.student.hf_files import TensorReader, read_headers
+from megatron_mopd.student.weight_table import model_tensors
+
+
+def evaluate(config: RunConfig, mixer: DomainMixer, collector: Collector) -> dict[str, float]:
+    """domain -> mean reward over `evaluation.prompts` held-out prompts x `evaluation.samples`. Collective."""
+    spec = config.evaluation
+    accuracy = {}
+    for name in config.domain_names:
+        rollouts = collector.sample(
+            mixer.held_out(name),
+            seed=spec.seed,
+            samples=spec.samples,
+            sampling=Sampling(temperature=spec.temperature),
+        )
+        accuracy[name] = float(np.mean([rollout.reward for rollout in rollouts]))
+    return accuracy
+
+
+def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, float]:
+    """`mopd eval`: the accuracy of a checkpoint or Hugging Face folder on the domains of `config`. On every rank."""
+    folder = resolve_folder(checkpoint, "--checkpoint")
+    inputs = resolve_inputs(config)
+    arch = read_architecture(folder)
+    world = start_world(config.parallel, config.seed)
+    engine = InProcessEngine(
+        arch,
+        stop_ids=inputs.tokenizer.stop_ids,
+        dtype=getattr(torch, config.model.dtype),
+        device=world.device,
+        batch_size=config.rollout.batch_size,
+    )
+    engine.load_weights(_tensors(arch, folder), version=0)
+    mixer = DomainMixer(config, inputs.tokenizer)
+    accuracy = evaluate(config, mixer, Collector(config, mixer, engine, inputs.tokenizer, world))
+    stop_world()
+    return accuracy
+
+
+def _tensors(arch: Architecture, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    with TensorReader(read_headers(folder)) as reader:
+        for tensor in model_tensors(arch):
+            yield tensor.name, reader[tensor.name][:]

@@ -1,0 +1,111 @@
+"""Rollouts -> packed micro-batches, and the one shift from "token t" to "the position that predicts token t".
+
+Which rollouts go together is decided here for all data-parallel ranks at once, from host-side integers that every
+rank has, so that all ranks make the same plan without talking. Guaranteed (and tested):
+  * every rollout is in exactly one micro-batch of one data-parallel rank;
+  * a micro-batch holds rollouts of one teacher only, so that teacher and student see the very same packing and
+    `student == teacher` gives log-probs that are equal bit for bit;
+  * every data-parallel rank has the same number of micro-batches, with the same teachers in the same order (ranks
+    that run out get an empty one): expert- and pipeline-parallel collectives never wait for a missing partner;
+  * at most `max_tokens` tokens in a micro-batch, except a single longer rollout.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from megatron_mopd.types import MicroBatch, Rollout, to_device
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One micro-batch position of the step, for all data-parallel ranks."""
+
+    teacher: str | None
+    members: tuple[tuple[int, ...], ...]
+    """[data parallel] indices into the step's rollouts."""
+
+
+def plan_microbatches(
+    lengths: Sequence[int], teachers: Sequence[str | None], order: Sequence[str | None], ranks: int, max_tokens: int
+) -> list[BatchPlan]:
+    """Spread rollouts of `lengths` tokens, routed to `teachers`, evenly over `ranks` data-parallel ranks.
+
+    `order` is the sequence in which teachers are visited; it is the same on every rank by construction.
+    """
+    plans = []
+    for teacher in order:
+        own = [index for index, name in enumerate(teachers) if name == teacher]
+        if not own:
+            continue
+        bins = _fill_bins(own, lengths, ranks, max_tokens)
+        for first in range(0, len(bins), ranks):
+            plans.append(BatchPlan(teacher, tuple(tuple(sorted(b)) for b in bins[first : first + ranks])))
+    return plans
+
+
+def _fill_bins(own: list[int], lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[int]]:
+    """A multiple of `ranks` bins, longest rollout first into the emptiest bin, as few as hold `max_tokens` each."""
+    longest_first = sorted(own, key=lambda index: (-lengths[index], index))
+    per_rank = max(1, -(-sum(lengths[index] for index in own) // (ranks * max_tokens)))
+    while True:
+        count = per_rank * ranks
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, b) for b in range(count)]
+        for index in longest_first:
+            load, b = heapq.heappop(loads)
+            bins[b].append(index)
+            heapq.heappush(loads, (load + lengths[index], b))
+        if all(load <= max_tokens or len(bins[b]) == 1 for load, b in loads):
+            return bins
+        per_rank += 1
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    teacher: str | None,
+    *,
+    domain_names: Sequence[str],
+    aggregation: Literal["sequence", "token"],
+    multiple_of: int,
+    device: torch.device,
+) -> MicroBatch:
+    """Lay rollouts end to end. A dummy sequence pads S to a multiple of `multiple_of` (sequence parallelism)."""
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    padding = -sum(lengths) % multiple_of if lengths else multiple_of
+    if padding:
+        lengths = [*lengths, padding]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = [rollout.token_ids for rollout in rollouts] + [np.zeros(padding, np.int64)]
+    # Token t is predicted from the hidden state one position earlier.
+    rows = [start + np.flatnonzero(rollout.loss_mask) - 1 for start, rollout in zip(starts, rollouts, strict=False)]
+    counts = [len(r) for r in rows]
+    units = len(rollouts) if aggregation == "sequence" else sum(counts)
+    per_row = [1.0 / count if aggregation == "sequence" else 1.0 for count in counts]
+
+    def of_rows(values: Sequence[float] | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return to_device(np.repeat(np.asarray(values, np.float64), counts), device, dtype)
+
+    def joined(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
+        return to_device(np.concatenate([*parts, np.zeros(0, parts[0].dtype if parts else np.int64)]), device, dtype)
+
+    return MicroBatch(
+        teacher=teacher,
+        token_ids=joined(tokens, torch.int64),
+        position_ids=joined([np.arange(length) for length in lengths], torch.int64),
+        cu_seqlens=to_device(starts, device, torch.int32),
+        max_seqlen=max(lengths),
+        rows=joined(rows, torch.int64),
+        targets=joined([rollout.response_ids for rollout in rollouts], torch.int64),
+        weights=of_rows(per_row, torch.float32),
+        num_units=units,
+        rollout_logprobs=joined([r.rollout_logprobs[r.loss_mask] for r in rollouts], torch.float32),
+        outcome_advantages=of_rows([r.outcome_advantage for r in rollouts], torch.float32),
+        domain_index=of_rows([domain_names.index(r.domain) for r in rollouts], torch.int64),
+    )

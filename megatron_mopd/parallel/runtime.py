@@ -1,0 +1,121 @@
+"""Process groups: one `World`, built once, from which every parallel function takes what it needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_mopd.config import ParallelSpec, check_layout
+from megatron_mopd.parallel import cpu
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One axis of the layout as seen from this rank."""
+
+    size: int
+    rank: int
+    group: ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Where this rank stands. Experts lie in the tensor x data ranks of a pipeline stage."""
+
+    size: int
+    rank: int
+    device: torch.device
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    expert: Axis
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """[size] the small host-side value of every rank, in rank order."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        tensor = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In-place sum over all ranks."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def start_world(parallel: ParallelSpec, seed: int) -> World:
+    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and lay Megatron's groups over it."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    # Deprecation notices and hints about absent GPU packages would drown the progress line.
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    check_layout(parallel, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return World(
+        size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        device=device,
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        expert=_axis(parallel_state.get_expert_model_parallel_group()),
+    )
+
+
+def _axis(group: ProcessGroup) -> Axis:
+    return Axis(size=dist.get_world_size(group), rank=dist.get_rank(group), group=group)
+
+
+def stop_world() -> None:
+    """Leave the process group; safe to call when it was never joined."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -1,0 +1,121 @@
+"""Everything that can be found wrong before any work starts: files, shapes, tokenizers, data, the layout.
+
+Each mistake is one `ConfigError` that names the key or the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mopd.config import RunConfig, check_layout
+from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.hub import resolve_folder
+from megatron_mopd.student.architecture import Architecture, check_architecture, read_architecture
+from megatron_mopd.student.weights import check_hf
+from megatron_mopd.tokenizer import Tokenizer, difference
+from megatron_mopd.yaml_config import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a configuration's names stand for on this machine."""
+
+    arch: Architecture
+    tokenizer: Tokenizer
+    model_folder: Path
+    """config.json and the tokenizer."""
+    weights: Path | None
+    """The student's initial weights; None: random ones."""
+    teachers: Mapping[str, tuple[Architecture, Path]]
+
+
+def resolve_inputs(config: RunConfig) -> Inputs:
+    """Find the student's and the teachers' folders and read their small files. Raises ConfigError."""
+    key = "model.hf_config" if config.model.hf_config else "model.checkpoint"
+    model_folder = resolve_folder(config.model.source, key)
+    checkpoint = config.model.checkpoint
+    weights = resolve_folder(checkpoint, "model.checkpoint") if checkpoint else None
+    arch = read_architecture(model_folder)
+    if weights is not None and read_architecture(weights) != arch:
+        raise ConfigError(f"model: hf_config {model_folder} and checkpoint {weights} are different architectures")
+    tokenizer = Tokenizer.load(model_folder)
+    teachers = {}
+    for name, teacher in config.teachers.items():
+        if teacher.checkpoint == "self":
+            if weights is None:
+                raise ConfigError(f"teachers.{name}.checkpoint: 'self' needs model.checkpoint, the student's start")
+            teachers[name] = (arch, weights)
+        else:
+            folder = resolve_folder(teacher.checkpoint, f"teachers.{name}.checkpoint")
+            teachers[name] = (read_architecture(folder), folder)
+    return Inputs(arch=arch, tokenizer=tokenizer, model_folder=model_folder, weights=weights, teachers=teachers)
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError for whatever would stop `config` on `world_size` ranks."""
+    check_layout(config.parallel, world_size)
+    inputs = resolve_inputs(config)
+    check_architecture(inputs.arch, config.parallel)
+    _check_vocabulary(inputs)
+    _check_teachers(config, inputs)
+    _check_weights(inputs)
+    _check_lengths(config, inputs)
+    _check_data(config, inputs)
+    _check_run_folder(config)
+
+
+def _check_vocabulary(inputs: Inputs) -> None:
+    size, limit = inputs.tokenizer.vocab_size, inputs.arch.vocab_size
+    if size > limit:
+        raise ConfigError(
+            f"{inputs.model_folder}: the tokenizer has {size} tokens, config.json's vocab_size is {limit}; "
+            "use the model's own tokenizer"
+        )
+
+
+def _check_teachers(config: RunConfig, inputs: Inputs) -> None:
+    for name, (arch, folder) in inputs.teachers.items():
+        key = f"teachers.{name}.checkpoint"
+        if arch.vocab_size != inputs.arch.vocab_size:
+            raise ConfigError(
+                f"{key}: its vocabulary has {arch.vocab_size} tokens, the student's {inputs.arch.vocab_size}; "
+                "a teacher may differ in depth and width, not in vocabulary"
+            )
+        check_architecture(arch, config.parallel, key)
+        told_apart = difference(inputs.tokenizer, Tokenizer.load(folder))
+        if told_apart:
+            raise ConfigError(f"{key}: {told_apart}; use a teacher trained from the student's SFT checkpoint")
+
+
+def _check_weights(inputs: Inputs) -> None:
+    if inputs.weights is not None:
+        check_hf(inputs.arch, inputs.weights, "model.checkpoint")
+    for name, (arch, folder) in inputs.teachers.items():
+        check_hf(arch, folder, f"teachers.{name}.checkpoint")
+
+
+def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
+    for name, domain in config.domains.items():
+        longest = domain.max_prompt_tokens + domain.max_response_tokens
+        if longest > inputs.arch.max_positions:
+            raise ConfigError(
+                f"domains.{name}: max_prompt_tokens {domain.max_prompt_tokens} + max_response_tokens "
+                f"{domain.max_response_tokens} exceed the model's {inputs.arch.max_positions} positions; lower them"
+            )
+
+
+def _check_data(config: RunConfig, inputs: Inputs) -> None:
+    mixer = DomainMixer(config, inputs.tokenizer)
+    mixer.draw(1)
+    for name in config.domains:
+        mixer.held_out(name)
+
+
+def _check_run_folder(config: RunConfig) -> None:
+    folder = Path(config.run_dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"run_dir: {folder} cannot be written ({existing}); choose another folder")

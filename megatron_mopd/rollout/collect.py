@@ -1,0 +1,115 @@
+"""A step's rollouts: drawn, sampled, verified, and shared, so that every rank ends up with the same list."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_mopd.config import RunConfig
+from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.domains.verifiers import group_advantages, verify
+from megatron_mopd.parallel.runtime import World
+from megatron_mopd.rollout.engine import RolloutEngine, Sampling
+from megatron_mopd.tokenizer import Tokenizer
+from megatron_mopd.types import Prompt, Rollout
+
+REPETITIVE = 10.0
+"""A response is called repetitive when zlib makes its token ids this many times smaller."""
+
+
+class Collector:
+    """Collects rollouts with the whole world as samplers: rank r takes every world-size-th prompt."""
+
+    def __init__(
+        self, config: RunConfig, mixer: DomainMixer, engine: RolloutEngine, tokenizer: Tokenizer, world: World
+    ):
+        self._config = config
+        self._mixer = mixer
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._world = world
+
+    def collect(self, step: int) -> list[Rollout]:
+        """The rollouts of `step`: what they are depends on (seed, step) and the weights, not on the layout."""
+        config = self._config
+        rounds = config.objective.max_sampling_rounds if config.objective.dynamic_sampling else 1
+        kept: list[Rollout] = []
+        for attempt in range(rounds):
+            missing = config.prompts_per_step - len(kept) // config.rollout.samples_per_prompt
+            prompts = self._mixer.draw(missing)
+            rollouts = self.sample(prompts, seed=config.seed * 1_000_003 + step * rounds + attempt)
+            if config.needs_outcome:
+                rollouts = group_advantages(rollouts, config.objective.normalise_by_std)
+            last = attempt == rounds - 1
+            kept += rollouts if rounds == 1 or (last and not kept) else _with_signal(rollouts)
+            if len(kept) >= config.prompts_per_step * config.rollout.samples_per_prompt:
+                break
+        return kept
+
+    def sample(
+        self, prompts: Sequence[Prompt], *, seed: int, samples: int | None = None, sampling: Sampling | None = None
+    ) -> list[Rollout]:
+        """Verified rollouts of `prompts`, in their order, on every rank. Collective."""
+        spec = self._config.rollout
+        sampling = sampling or Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k)
+        own = range(self._world.rank, len(prompts), self._world.size)
+        rollouts = self._engine.generate(
+            [prompts[index] for index in own],
+            samples=samples or spec.samples_per_prompt,
+            sampling=sampling,
+            seed=seed,
+        )
+        rollouts = verify(rollouts, self._config, self._tokenizer)
+        return _share(rollouts, prompts, self._world)
+
+
+def _share(own: Sequence[Rollout], prompts: Sequence[Prompt], world: World) -> list[Rollout]:
+    """All ranks' rollouts in prompt order. Prompts are on every rank already and do not travel."""
+    if world.size == 1:
+        return list(own)
+    place = {prompt.id: index for index, prompt in enumerate(prompts)}
+    stripped = [(place[r.prompt.id], replace(r, prompt=_NOWHERE)) for r in own]
+    pairs = [pair for part in world.all_gather_objects(stripped) for pair in part]
+    pairs.sort(key=lambda pair: (pair[0], pair[1].sample))
+    return [replace(rollout, prompt=prompts[index]) for index, rollout in pairs]
+
+
+_NOWHERE = Prompt(id="", domain="", token_ids=np.zeros(0, np.int64), answer="", max_response_tokens=0)
+
+
+def _with_signal(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Groups whose rewards differ: only they give GRPO a gradient (DAPO's dynamic sampling)."""
+    informative = {r.prompt.id for r in rollouts if r.outcome_advantage != 0}
+    return [r for r in rollouts if r.prompt.id in informative]
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], domain_names: Sequence[str]) -> dict[str, float]:
+    """What a step's rollouts look like, per domain and over all: '<metric>[/<domain>]' -> mean."""
+    groups: Mapping[str, list[Rollout]] = defaultdict(list)
+    for rollout in rollouts:
+        groups[rollout.domain].append(rollout)
+    report: dict[str, float] = {"rollouts": float(len(rollouts))}
+    for name in domain_names:
+        report |= {f"{metric}/{name}": value for metric, value in _means(groups.get(name, [])).items()}
+        report[f"prompt_share/{name}"] = len(groups.get(name, [])) / max(1, len(rollouts))
+    return report | _means(rollouts)
+
+
+def _means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    if not rollouts:
+        return {}
+    return {
+        "reward": float(np.mean([r.reward for r in rollouts])),
+        "response_tokens": float(np.mean([r.loss_mask.sum() for r in rollouts])),
+        "truncation_rate": float(np.mean([r.finish_reason == "length" for r in rollouts])),
+        "repetition_rate": float(np.mean([_is_repetitive(r) for r in rollouts])),
+    }
+
+
+def _is_repetitive(rollout: Rollout) -> bool:
+    data = rollout.response_ids.astype(np.int32).tobytes()
+    return len(data) > REPETITIVE * len(zlib.compress(data, 1))

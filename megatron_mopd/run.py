@@ -1,0 +1,173 @@
+"""A run's parts, put together: what `train.py` loops over. Nothing here decides anything; it wires."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from megatron_mopd.config import RunConfig, save_config
+from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.evaluate import evaluate
+from megatron_mopd.metrics import MetricLog, PhaseTimer
+from megatron_mopd.packing import pack, plan_microbatches
+from megatron_mopd.parallel.runtime import start_world, stop_world
+from megatron_mopd.preflight import Inputs, resolve_inputs
+from megatron_mopd.progress import Progress
+from megatron_mopd.rollout.answers import ReferenceAnswers
+from megatron_mopd.rollout.collect import Collector, rollout_metrics
+from megatron_mopd.rollout.engine import RolloutEngine
+from megatron_mopd.rollout.in_process import InProcessEngine
+from megatron_mopd.student import checkpoint
+from megatron_mopd.student.student import Student
+from megatron_mopd.student.weight_stream import export_hf
+from megatron_mopd.teachers.bank import TeacherBank
+from megatron_mopd.teachers.divergence import check_initial_divergence
+from megatron_mopd.teachers.manifest import check_same_teachers, teacher_manifest
+from megatron_mopd.types import MicroBatch, Rollout, UpdateReport
+
+
+class Run:
+    """Everything that one rank holds while it trains; resumed from the run folder's newest checkpoint, if any."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.folder = Path(config.run_dir)
+        self.timer = PhaseTimer()
+        self.inputs: Inputs = resolve_inputs(config)
+        self.world = start_world(config.parallel, config.seed)
+        self.mixer = DomainMixer(config, self.inputs.tokenizer)
+        self.teachers = TeacherBank(config, self.inputs.teachers, self.world)
+        self._teacher_manifest = teacher_manifest(config, self.inputs, self.world)
+        latest = checkpoint.find_latest(self.folder)
+        self.student = Student(config, self.inputs.arch, self.world, self.inputs.weights)
+        self.first_step = self._resume(latest) if latest else 0
+        self.engine = self._engine(reads_answers=config.stage == "sft")
+        self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world)
+        self._sampler = self._engine(reads_answers=False) if config.stage == "sft" else self.engine
+        self._evaluator = Collector(config, self.mixer, self._sampler, self.inputs.tokenizer, self.world)
+        self.engine.load_weights(self.student.hf_weights(), version=self.student.num_updates)
+
+    def __enter__(self) -> Self:
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.folder / "config.yaml")
+        self.log = MetricLog(self.folder, self.config.log, rank=self.world.rank, resume_step=self.first_step)
+        title = f"{self.config.stage} {self.folder.name}"
+        self.progress = Progress(title, total=self.config.steps, rank=self.world.rank, start=self.first_step)
+        self.progress.__enter__()
+        if self.first_step == 0 and self.config.stage == "mopd":
+            check_initial_divergence(self)
+        if self.first_step == 0:
+            self._evaluate(0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.__exit__(kind, error, traceback)
+        self.log.close()
+        if kind is None:
+            stop_world()
+
+    def updates(self, rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
+        """The rollouts of each optimizer update of this step; one part, unless `optim.updates_per_step` says more."""
+        parts = self.config.optim.updates_per_step
+        for part in range(parts):
+            yield rollouts[part::parts]
+
+    def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches; on every rank as many, with the same teachers in the same order."""
+        config, world = self.config, self.world
+        teachers = [config.domains[rollout.domain].teacher for rollout in rollouts]
+        plans = plan_microbatches(
+            [len(rollout.token_ids) for rollout in rollouts],
+            teachers,
+            order=self.teachers.names or (None,),
+            ranks=world.data.size,
+            max_tokens=config.optim.max_tokens_per_microbatch,
+        )
+        return [
+            pack(
+                [rollouts[index] for index in plan.members[world.data.rank]],
+                plan.teacher,
+                domain_names=config.domain_names,
+                aggregation=config.objective.aggregation,
+                multiple_of=world.tensor.size,
+                device=world.device,
+            )
+            for plan in plans
+        ]
+
+    def log_step(self, step: int, report: UpdateReport, rollouts: Sequence[Rollout]) -> None:
+        """Write the step's metrics and times; evaluate on the held-out prompts when it is time to."""
+        generated = sum(int(rollout.loss_mask.sum()) for rollout in rollouts)
+        metrics = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            **report.metrics,
+            **rollout_metrics(rollouts, self.config.domain_names),
+            **self.timer.take(tokens={"rollout": generated, "total": sum(len(r.token_ids) for r in rollouts)}),
+        }
+        self.log.step(step, metrics)
+        self.progress.update(step + 1, metrics)
+        if self.config.evaluation.every and (step + 1) % self.config.evaluation.every == 0:
+            self._evaluate(step + 1)
+
+    def is_checkpoint_due(self, steps_done: int) -> bool:
+        return steps_done % self.config.checkpoint.every == 0 or steps_done == self.config.steps
+
+    def save(self, steps_done: int) -> None:
+        """Checkpoint everything that the rest of the run depends on. Collective."""
+        state = {
+            "num_updates": self.student.num_updates,
+            "mixer": self.mixer.state_dict(),
+            "teachers": self._teacher_manifest,
+        }
+        checkpoint.save(
+            self.folder,
+            steps_done,
+            self.student.ddp,
+            self.student.optimizer,
+            self.world,
+            state=state,
+            write_model=lambda folder: export_hf(
+                self.student.model, self.student.arch, self.world, folder, self.inputs.model_folder
+            ),
+            keep_last=self.config.checkpoint.keep_last,
+        )
+
+    def _resume(self, path: Path) -> int:
+        manifest = checkpoint.read_manifest(path)
+        check_same_teachers(manifest.state["teachers"], self._teacher_manifest, path)
+        checkpoint.load(path, self.student.ddp, self.student.optimizer, self.world)
+        self.student.num_updates = manifest.state["num_updates"]
+        self.mixer.load_state_dict(manifest.state["mixer"])
+        return manifest.step
+
+    def _engine(self, reads_answers: bool) -> RolloutEngine:
+        tokenizer = self.inputs.tokenizer
+        if reads_answers:
+            return ReferenceAnswers(tokenizer)
+        return InProcessEngine(
+            self.inputs.arch,
+            stop_ids=tokenizer.stop_ids,
+            dtype=getattr(torch, self.config.model.dtype),
+            device=self.world.device,
+            batch_size=self.config.rollout.batch_size,
+        )
+
+    def _evaluate(self, steps_done: int) -> None:
+        """Accuracy on the held-out prompts, into the log at the step that was just done."""
+        if not self.config.evaluation.every:
+            return
+        if self._sampler is not self.engine:
+            self._sampler.load_weights(self.student.hf_weights(), version=self.student.num_updates)
+        accuracy = evaluate(self.config, self.mixer, self._evaluator)
+        self.log.step(steps_done, {f"accuracy/{name}": value for name, value in accuracy.items()}, kind="eval")
+
+

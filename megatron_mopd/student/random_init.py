@@ -1,0 +1,30 @@
+"""Initial weights for a run without a checkpoint, the same for every parallel layout."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.parallel.runtime import World
+from megatron_mopd.student.architecture import Architecture
+from megatron_mopd.student.weight_table import Shard, split
+from megatron_mopd.student.weights import find_parts
+
+
+@torch.no_grad()
+def init_random(model: torch.nn.Module, arch: Architecture, world: World, seed: int) -> None:
+    """Norms are 1, all else normal with `initializer_range`; a tensor's values depend on (seed, its name) only."""
+    for own in find_parts(model, arch, world).all():
+        rank, size = (0, 1) if own.row.is_expert else (world.tensor.rank, world.tensor.size)
+        whole = [_tensor(tensor.name, tensor.shape, arch.init_std, seed) for tensor in own.hf(arch)]
+        own.parameter.copy_(split(own.row.layout, whole, arch, Shard(rank, size, own.parameter.shape[0])))
+
+
+def _tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape)
+    key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,178 @@
+"""Micro-batches through Megatron's pipeline schedules: scores without gradients, and the loss with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from kernels import VocabShard, linear_divergence, token_logprob
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_mopd import losses
+from megatron_mopd.config import ObjectiveSpec
+from megatron_mopd.parallel.runtime import World
+from megatron_mopd.student.model import forward_hidden, output_weight
+from megatron_mopd.types import NO_SCORES, MicroBatch, TeacherScores
+
+METRICS = ("loss", "reverse_kl", "entropy", "advantage", "clip_share", "ratio")
+"""Per-token quantities that are summed per domain; a loss reports those it has."""
+NUM_SUMS = len(METRICS) + 3
+"""Rows of the table of sums: METRICS, the number of tokens, weight * loss, and the weights (they sum to the units)."""
+
+
+def vocab_shard(model: GPTModel, vocab_size: int, world: World) -> VocabShard:
+    """The rows of the output layer on this tensor rank; padding rows beyond the vocabulary do not count."""
+    rows = model.vocab_size // world.tensor.size
+    return VocabShard.of_rank(rows, vocab_size, world.tensor.group if world.tensor.size > 1 else None)
+
+
+def hidden_rows(hidden: Tensor, batch: MicroBatch, world: World) -> Tensor:
+    """[R, H] the hidden states that predict the trained tokens, from the last stage's [S, 1, H] (or its shard).
+
+    Under tensor parallelism the backward pass reduce-scatters: the loss returns the vocabulary shard's part of the
+    gradient on every tensor rank, and here they are summed.
+    """
+    if world.tensor.size > 1:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    return hidden.squeeze(1).index_select(0, batch.rows)
+
+
+def run_schedule(
+    model: torch.nn.Module,
+    batches: Sequence[MicroBatch],
+    on_last_stage: Callable[[MicroBatch, Tensor], Any],
+    *,
+    backward: bool,
+) -> list[Any]:
+    """Send every micro-batch through the pipeline. Returns what `on_last_stage` reported, one entry a micro-batch.
+
+    With `backward`, `on_last_stage` returns Megatron's (loss sum, number of units, report); without, anything.
+    On other stages the list is empty.
+    """
+
+    def forward_step(iterator: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+
+        def at_the_end(hidden: Tensor, non_loss_data: bool = False) -> Any:
+            return on_last_stage(batch, hidden)
+
+        return forward_hidden(module, batch), at_the_end
+
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=max(len(batch.token_ids) for batch in batches),
+        micro_batch_size=1,
+        forward_only=not backward,
+        collect_non_loss_data=not backward,
+    )
+    return list(results)
+
+
+@torch.no_grad()
+def score(
+    model: GPTModel, batches: Sequence[MicroBatch], vocab_size: int, world: World, *, keep_hidden: bool
+) -> list[TeacherScores]:
+    """What a frozen model says about the trained tokens: their log-probs, or the hidden states behind all logits."""
+
+    def at_the_end(batch: MicroBatch, hidden: Tensor) -> TeacherScores:
+        rows = hidden_rows(hidden, batch, world)
+        if keep_hidden:
+            return TeacherScores(hidden=rows)
+        shard = vocab_shard(model, vocab_size, world)
+        return TeacherScores(logprobs=token_logprob(rows, output_weight(model), batch.targets, shard=shard).logprob)
+
+    if not batches:
+        return []
+    results = run_schedule(model, batches, at_the_end, backward=False)
+    return results or [NO_SCORES] * len(batches)
+
+
+class LossStep:
+    """The objective at the last pipeline stage: from hidden states to Megatron's (sum, units, report)."""
+
+    def __init__(self, objective: ObjectiveSpec, vocab_size: int, num_domains: int, world: World):
+        self._objective = objective
+        self._vocab_size = vocab_size
+        self._num_domains = num_domains
+        self._world = world
+
+    def run(
+        self,
+        model: torch.nn.Module,
+        batches: Sequence[MicroBatch],
+        scores: Sequence[TeacherScores],
+        heads: Mapping[str, Tensor],
+        *,
+        backward: bool,
+    ) -> Tensor:
+        """[NUM_SUMS, domains] sums over this rank's rows.
+
+        Zero on ranks other than the first tensor rank of the last stage: a sum over the world is the global sum.
+        """
+        teacher_of = {id(batch): teacher for batch, teacher in zip(batches, scores, strict=True)}
+
+        def at_the_end(batch: MicroBatch, hidden: Tensor) -> Any:
+            loss, entropy = self._loss(unwrap_model(model), batch, teacher_of[id(batch)], heads, hidden)
+            report = self._per_domain(batch, {**loss.rows, "entropy": entropy})
+            units = torch.tensor(batch.num_units, dtype=torch.int, device=hidden.device)
+            return (loss.total, units, report) if backward else report
+
+        sums = torch.zeros(NUM_SUMS, self._num_domains, dtype=torch.float64, device=self._world.device)
+        for report in run_schedule(model, batches, at_the_end, backward=backward):
+            if self._world.tensor.rank == 0:
+                sums += report
+        return sums
+
+    def _loss(
+        self,
+        model: GPTModel,
+        batch: MicroBatch,
+        teacher: TeacherScores,
+        heads: Mapping[str, Tensor],
+        hidden: Tensor,
+    ) -> tuple[losses.Loss, Tensor]:
+        spec, rows, weight = self._objective, hidden_rows(hidden, batch, self._world), output_weight(model)
+        shard = vocab_shard(model, self._vocab_size, self._world)
+        if spec.kind == "full_vocab":
+            assert teacher.hidden is not None and batch.teacher is not None
+            stats = linear_divergence(rows, weight, teacher.hidden, heads[batch.teacher], shard=shard)
+            return losses.full_vocab(stats.divergence, batch.weights), stats.student_entropy
+        tokens = token_logprob(rows, weight, batch.targets, shard=shard)
+        if spec.kind == "sampled":
+            assert teacher.logprobs is not None
+            loss = losses.sampled(
+                tokens.logprob,
+                teacher.logprobs,
+                batch.outcome_advantages,
+                batch.weights,
+                advantage_clip=spec.advantage_clip,
+                outcome_weight=spec.outcome_weight,
+            )
+        elif spec.kind == "grpo":
+            loss = losses.grpo(
+                tokens.logprob,
+                batch.rollout_logprobs,
+                batch.outcome_advantages,
+                batch.weights,
+                clip_low=spec.clip_low,
+                clip_high=spec.clip_high,
+            )
+        else:
+            loss = losses.cross_entropy(tokens.logprob, batch.weights)
+        return loss, tokens.entropy
+
+    def _per_domain(self, batch: MicroBatch, rows: Mapping[str, Tensor]) -> Tensor:
+        """[NUM_SUMS, domains] sums over the rows of one micro-batch."""
+        zeros = torch.zeros_like(batch.weights)
+        per_token = [rows.get(name, zeros) for name in METRICS]
+        values = torch.stack([*per_token, torch.ones_like(zeros), batch.weights * rows["loss"], batch.weights])
+        sums = torch.zeros(NUM_SUMS, self._num_domains, dtype=torch.float64, device=values.device)
+        return sums.index_add_(1, batch.domain_index, values.double())

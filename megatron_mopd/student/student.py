@@ -1,0 +1,114 @@
+"""The student: a Megatron model with its optimizer, updated from micro-batches, exported for rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_mopd.config import RunConfig
+from megatron_mopd.parallel.runtime import World
+from megatron_mopd.student.architecture import Architecture
+from megatron_mopd.student.model import build_model
+from megatron_mopd.student.optimizer import learning_rate, wrap
+from megatron_mopd.student.random_init import init_random
+from megatron_mopd.student.step import METRICS, LossStep
+from megatron_mopd.student.weight_stream import iter_hf
+from megatron_mopd.student.weights import load_hf
+from megatron_mopd.types import MicroBatch, TeacherScores, UpdateReport
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not a number; raised on every rank, before the optimizer has touched a weight."""
+
+
+class Student:
+    """Owns the trained weights. `num_updates` is the policy version that rollouts are stamped with."""
+
+    def __init__(self, config: RunConfig, arch: Architecture, world: World, source: Path | None):
+        self.arch = arch
+        self.num_updates = 0
+        self._config = config
+        self._world = world
+        dtype = getattr(torch, config.model.dtype)
+        self.model: GPTModel = build_model(arch, config.parallel, world, dtype, training=True)
+        if source is None:
+            init_random(self.model, arch, world, seed=config.seed)
+        else:
+            load_hf(self.model, arch, source, world)
+        self.ddp, self.optimizer = wrap(self.model, config.optim)
+        self._loss = LossStep(config.objective, arch.vocab_size, len(config.domains), world)
+
+    def update(
+        self,
+        batches: Sequence[MicroBatch],
+        scores: Sequence[TeacherScores],
+        heads: Mapping[str, Tensor],
+        step: int,
+    ) -> UpdateReport:
+        """One optimizer update from all micro-batches of this data-parallel rank. Collective over the world.
+
+        Raises:
+            NonFiniteError: naming step, rank and domain; no weight has changed then.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.ddp.train()
+        sums = self._loss.run(self.ddp, batches, scores, heads, backward=True)
+        self._stop_if_not_finite(sums, step)
+        lr = learning_rate(self._config.optim, step, self._config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self.optimizer.step()
+        self.num_updates += 1
+        metrics = self._report(self._world.sum(sums))
+        return UpdateReport(loss=metrics["objective"], grad_norm=float(grad_norm or 0.0), lr=lr, metrics=metrics)
+
+    @torch.no_grad()
+    def measure(
+        self, batches: Sequence[MicroBatch], scores: Sequence[TeacherScores], heads: Mapping[str, Tensor]
+    ) -> Mapping[str, float]:
+        """The metrics of `update` without a gradient or an update."""
+        return self._report(self._world.sum(self._loss.run(self.ddp, batches, scores, heads, backward=False)))
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name, whole, on every rank. Collective."""
+        return iter_hf(self.model, self.arch, self._world)
+
+    def _stop_if_not_finite(self, sums: Tensor, step: int) -> None:
+        bad_loss = ~sums[METRICS.index("loss")].isfinite()
+        buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
+        bad_gradient = not all(bool(buffer.grad_data.sum().isfinite()) for buffer in buffers)
+        flags = torch.cat([bad_loss.float(), torch.tensor([float(bad_gradient)], device=sums.device)])
+        everywhere = [torch.empty_like(flags) for _ in range(self._world.size)]
+        dist.all_gather(everywhere, flags)
+        table = torch.stack(everywhere).bool()
+        if not table.any():
+            return
+        names = self._config.domain_names
+        ranks = [rank for rank, row in enumerate(table.tolist()) if any(row)]
+        domains = [name for name, bad in zip(names, table[:, :-1].any(0).tolist(), strict=True) if bad]
+        what = "gradient" if not domains else "loss"
+        raise NonFiniteError(
+            f"non-finite {what} at step {step} on rank {', '.join(map(str, ranks))}, "
+            f"domain {', '.join(domains or names)}: stopped before the optimizer step; weights are those of step {step}. "
+            "Lower optim.lr or check the teacher's weights"
+        )
+
+    def _report(self, sums: Tensor) -> dict[str, float]:
+        """[NUM_SUMS, domains] -> {'<metric>[/<domain>]': mean over tokens}, and 'objective': what was minimised."""
+        table = torch.cat([sums, sums.sum(1, keepdim=True)], dim=1)
+        per_token, (tokens, weighted_loss, units) = table[: len(METRICS)], table[len(METRICS) :]
+        means = (per_token / tokens.clamp(min=1)).tolist()
+        report = {"objective": float(weighted_loss[-1] / units[-1].clamp(min=1e-9))}
+        for metric, values in zip(METRICS, means, strict=True):
+            for name, value in zip(self._config.domain_names, values[:-1], strict=True):
+                report[f"{metric}/{name}"] = value
+            report[metric] = values[-1]
+        for name, count in zip(self._config.domain_names, tokens.tolist(), strict=False):
+            report[f"token_share/{name}"] = count / max(1.0, tokens.tolist()[-1])
+        return report

@@ -1,0 +1,172 @@
+"""Weights from a Megatron model back to whole Hugging Face tensors: for rollout engines, and into files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mopd.parallel.runtime import Axis, World
+from megatron_mopd.student.architecture import Architecture
+from megatron_mopd.student.hf_files import MAX_SHARD_BYTES, TensorSpec, write_model
+from megatron_mopd.student.weight_table import (
+    HFTensor,
+    Layout,
+    first_tensors,
+    hf_tensors,
+    join,
+    last_tensors,
+    layer_tensors,
+    model_tensors,
+)
+from megatron_mopd.student.weights import Owned, Parts, find_parts
+from megatron_mopd.yaml_config import ConfigError, read_text
+
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@torch.no_grad()
+def iter_hf(model: torch.nn.Module, arch: Architecture, world: World) -> Iterator[tuple[str, Tensor]]:
+    """Whole Hugging Face tensors, on every rank, in the order of `model_tensors`, on the parameters' device.
+
+    Collective: every rank must exhaust it. Per layer at most one all-gather over the tensor ranks, one over
+    the expert ranks and one broadcast over the pipeline; nothing on a single rank. The tensors may be views of
+    parameters: read them before the next update, never write into them. One layer at a time is whole.
+    """
+    parts = find_parts(model, arch, world)
+    yield from _section(list(first_tensors(arch)), parts.first, [], 0, parts, arch, world)
+    for layer in range(arch.num_layers):
+        stage = layer // (arch.num_layers // world.pipeline.size)
+        dense, experts = parts.layers.get(layer, []), parts.experts.get(layer, [])
+        yield from _section(list(layer_tensors(arch, layer)), dense, experts, stage, parts, arch, world)
+    last = [own for own in parts.last if not own.row.copy]
+    yield from _section(list(last_tensors(arch)), last, [], world.pipeline.size - 1, parts, arch, world)
+
+
+def _section(
+    tensors: Sequence[HFTensor],
+    dense: Sequence[Owned],
+    experts: Sequence[Owned],
+    stage: int,
+    parts: Parts,
+    arch: Architecture,
+    world: World,
+) -> Iterator[tuple[str, Tensor]]:
+    """The whole `tensors` of one part of the model, which lies on pipeline stage `stage`."""
+    whole: dict[str, Tensor] = {}
+    if stage == world.pipeline.rank:
+        whole = _join_dense(dense, arch, world.tensor) | _join_experts(experts, arch, world.expert)
+    if world.pipeline.size > 1:
+        sizes = [torch.Size(tensor.shape).numel() for tensor in tensors]
+        if whole:
+            flat = torch.cat([whole.pop(tensor.name).flatten() for tensor in tensors])
+        else:
+            flat = torch.empty(sum(sizes), dtype=parts.dtype, device=parts.device)
+        group = world.pipeline.group
+        dist.broadcast(flat, src=dist.get_global_rank(group, stage), group=group)
+        pieces = flat.split(sizes)
+        whole = {tensor.name: piece.view(tensor.shape) for tensor, piece in zip(tensors, pieces, strict=True)}
+    for tensor in tensors:
+        yield tensor.name, whole.pop(tensor.name)
+
+
+def _join_dense(owned: Sequence[Owned], arch: Architecture, axis: Axis) -> dict[str, Tensor]:
+    cut = [own for own in owned if own.row.layout is not Layout.REPLICATED]
+    by_parameter = iter(list(zip(*_gather([own.parameter for own in cut], axis), strict=True)))
+    whole: dict[str, Tensor] = {}
+    for own in owned:
+        shards = (own.parameter,) if own.row.layout is Layout.REPLICATED else next(by_parameter)
+        whole |= _named(own.hf(arch), join(own.row.layout, shards, arch))
+    return whole
+
+
+def _join_experts(owned: Sequence[Owned], arch: Architecture, axis: Axis) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    per_rank = arch.num_experts // axis.size
+    for rank, parameters in enumerate(_gather([own.parameter for own in owned], axis)):
+        for own, parameter in zip(owned, parameters, strict=True):
+            expert = own.expert + (rank - axis.rank) * per_rank
+            names = hf_tensors(own.row, arch, own.layer, expert)
+            whole |= _named(names, join(own.row.layout, (parameter,), arch))
+    return whole
+
+
+def _named(names: Sequence[HFTensor], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {name.name: tensor for name, tensor in zip(names, tensors, strict=True)}
+
+
+def _gather(parameters: Sequence[Tensor], axis: Axis) -> list[list[Tensor]]:
+    """[rank of the axis][parameter]: the same parameters of every rank, in one all-gather."""
+    if axis.size == 1 or not parameters:
+        return [list(parameters)] * axis.size
+    flat = torch.cat([parameter.flatten() for parameter in parameters])
+    gathered = flat.new_empty(axis.size * flat.numel())
+    dist.all_gather_into_tensor(gathered, flat, group=axis.group)
+    sizes = [parameter.numel() for parameter in parameters]
+    return [
+        [piece.view(parameter.shape) for piece, parameter in zip(rank.split(sizes), parameters, strict=True)]
+        for rank in gathered.view(axis.size, -1)
+    ]
+
+
+def export_hf(
+    model: torch.nn.Module,
+    arch: Architecture,
+    world: World,
+    out: Path,
+    source: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model to `out` as transformers loads it, with config and tokenizer copied from `source`.
+
+    Collective over all ranks; rank 0 writes. `dtype` defaults to the parameters'. A failure (full disk) is
+    the same ConfigError on every rank, and the weights that were in `out` before survive it.
+    """
+    stream = iter_hf(model, arch, world)
+    stored_as = dtype or next(model.parameters()).dtype
+    error: str | None = None
+    if world.is_main:
+        specs = [TensorSpec(name=t.name, shape=t.shape, dtype=stored_as) for t in model_tensors(arch)]
+        try:
+            write_model(out, specs, stream, max_shard_bytes)
+            _copy_side_files(source, out, stored_as)
+        except OSError as failure:
+            reason = failure.strerror or failure
+            error = f"{out}: cannot write the model: {reason}; make room or choose another folder"
+        except ConfigError as failure:
+            error = str(failure)
+    for _ in stream:
+        pass  # the other ranks' part in the collectives, and rank 0's when it could not write
+    error = world.all_gather_objects(error)[0]
+    if error:
+        raise ConfigError(error)
+
+
+def _copy_side_files(source: Path, out: Path, dtype: torch.dtype) -> None:
+    if source.resolve() != out.resolve():
+        for name in _SIDE_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, out / name)
+    config = json.loads(read_text(source / "config.json", "model configuration"))
+    # transformers loads in the dtype that config.json names, not in that of the files.
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    partial = out / ".config.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, out / "config.json")

@@ -1,0 +1,111 @@
+"""Layouts checked by hand-written numbers, then as inverses of each other for every kind and degree."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_mopd.student.architecture import Architecture
+from megatron_mopd.student.weight_table import Layout, Shard, join, model_tensors, split, table_of
+
+ARCH = Architecture(
+    family="qwen3",
+    vocab_size=5,
+    hidden_size=3,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=1,
+    ffn_size=4,
+    expert_ffn_size=0,
+    num_experts=0,
+    experts_per_token=0,
+    norm_topk_prob=False,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    max_positions=64,
+    tie_embeddings=False,
+)
+
+
+def _column(*rows: int) -> torch.Tensor:
+    return torch.tensor(rows)[:, None]
+
+
+def test_qkv_rows_are_grouped_by_key_value_head() -> None:
+    # 4 query heads of size 1 share 2 key/value heads: q0 q1 go with k0 v0, q2 q3 with k1 v1.
+    tensors = (_column(0, 1, 2, 3), _column(10, 11), _column(20, 21))
+    whole = split(Layout.QKV, tensors, ARCH, Shard(0, 1))
+    assert whole.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert split(Layout.QKV, tensors, ARCH, Shard(1, 2)).flatten().tolist() == [2, 3, 11, 21]
+
+
+def test_qkv_keeps_the_rows_of_a_head_together() -> None:
+    arch = dataclasses.replace(ARCH, num_heads=2, num_kv_heads=1, head_dim=2)
+    whole = split(Layout.QKV, (_column(0, 1, 2, 3), _column(10, 11), _column(20, 21)), arch, Shard(0, 1))
+    assert whole.flatten().tolist() == [0, 1, 2, 3, 10, 11, 20, 21]
+
+
+def test_gated_is_gate_then_up_on_each_rank() -> None:
+    tensors = (_column(0, 1, 2, 3), _column(10, 11, 12, 13))
+    assert split(Layout.GATED, tensors, ARCH, Shard(0, 1)).flatten().tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert split(Layout.GATED, tensors, ARCH, Shard(1, 2)).flatten().tolist() == [2, 3, 12, 13]
+
+
+def test_cols_cut_the_second_dimension() -> None:
+    tensor = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert split(Layout.COLS, (tensor,), ARCH, Shard(1, 2)).tolist() == [[2, 3], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("rank", "rows", "expected"),
+    [(0, 3, [1, 2, 3]), (1, 3, [4, 5, 0]), (1, 5, [0, 0, 0, 0, 0]), (2, 4, [0, 0, 0, 0])],
+)
+def test_vocab_is_padded_with_zero_rows(rank: int, rows: int, expected: list[int]) -> None:
+    part = split(Layout.VOCAB, (_column(1, 2, 3, 4, 5),), ARCH, Shard(rank, 4, rows))
+    assert part.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("layout", list(Layout))
+def test_join_undoes_split(layout: Layout, size: int) -> None:
+    arch = dataclasses.replace(ARCH, num_heads=8, num_kv_heads=4, head_dim=2, ffn_size=8, vocab_size=10)
+    shapes = {
+        Layout.REPLICATED: [(3,)],
+        Layout.COLS: [(3, 8)],
+        Layout.QKV: [(16, 3), (8, 3), (8, 3)],
+        Layout.GATED: [(8, 3), (8, 3)],
+        Layout.VOCAB: [(10, 3)],
+    }[layout]
+    tensors = [torch.randn(shape) for shape in shapes]
+    rows = -(-arch.vocab_size // size)
+    shards = [split(layout, tensors, arch, Shard(rank, size, rows)) for rank in range(size)]
+    for whole, tensor in zip(join(layout, shards, arch), tensors, strict=True):
+        assert torch.equal(whole, tensor)
+
+
+def test_one_rank_joins_without_a_copy_where_rows_stay_in_place() -> None:
+    fused = torch.randn(8, 3)
+    gate, up = join(Layout.GATED, [fused], ARCH)
+    assert gate.data_ptr() == fused.data_ptr()
+    assert up.data_ptr() == fused[4:].data_ptr()
+
+
+def test_names_are_those_of_the_published_models() -> None:
+    moe = dataclasses.replace(ARCH, family="qwen3_moe", num_experts=2, expert_ffn_size=6, num_layers=1)
+    shapes = {tensor.name: tensor.shape for tensor in model_tensors(moe)}
+    assert list(shapes)[0] == "model.embed_tokens.weight"
+    assert list(shapes)[-2:] == ["model.norm.weight", "lm_head.weight"]
+    assert shapes["model.layers.0.self_attn.q_proj.weight"] == (4, 3)
+    assert shapes["model.layers.0.self_attn.o_proj.weight"] == (3, 4)
+    assert shapes["model.layers.0.mlp.gate.weight"] == (2, 3)
+    assert shapes["model.layers.0.mlp.experts.1.down_proj.weight"] == (3, 6)
+    assert len(shapes) == 1 + (8 + 1 + 2 * 3) + 2
+
+
+def test_a_tied_output_layer_is_loaded_but_not_exported() -> None:
+    tied = dataclasses.replace(ARCH, tie_embeddings=True)
+    assert "lm_head.weight" not in {tensor.name for tensor in model_tensors(tied)}
+    assert table_of(tied).last[1].hf == (("model.embed_tokens.weight", "VH"),)
