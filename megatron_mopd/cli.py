@@ -19,6 +19,8 @@ from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
 
 EXIT_INTERRUPTED = 130
+PRELOAD = ("megatron_mopd.train",)
+"""Imported once, before the ranks are forked: it brings torch, Megatron and transformers."""
 
 DESCRIPTION = """\
 Multi-teacher on-policy distillation (MOPD) with Megatron-Core.
@@ -177,7 +179,7 @@ def _command(
 
 
 def _checked(path: str, overrides: Sequence[str]) -> RunConfig:
-    """The run's configuration, after everything that can be found wrong before it starts has been looked for."""
+    """The run's configuration, once nothing is found wrong with it or with what it names."""
     config = load_config(path, overrides)
     check_log(config.log)
     from megatron_mopd import preflight
@@ -193,7 +195,7 @@ def _launch(config: RunConfig, function: Callable[..., Any], *arguments: object)
         ranks=world_size(config.parallel),
         port=config.parallel.port,
         log_dir=Path(config.run_dir) / "logs",
-        preload=("megatron_mopd.train",),
+        preload=PRELOAD,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,22 +37,24 @@ def evaluate(config: RunConfig, mixer: DomainMixer, collector: Collector) -> dic
     return accuracy
 
 
-def evaluate_checkpoint(config: RunConfig, checkpoint: str) -> dict[str, float]:
-    """`mopd eval`: the accuracy of a checkpoint or Hugging Face folder on the domains of `config`. On every rank."""
-    folder = resolve_folder(checkpoint, "--checkpoint")
+def evaluate_checkpoints(config: RunConfig, checkpoints: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """name -> domain -> accuracy of checkpoints or Hugging Face folders, on the domains of `config`. On every rank."""
     inputs = resolve_inputs(config)
-    arch = read_architecture(folder)
     world = start_world(config.parallel, config.seed)
-    engine = InProcessEngine(
-        arch,
-        stop_ids=inputs.tokenizer.stop_ids,
-        dtype=getattr(torch, config.model.dtype),
-        device=world.device,
-        batch_size=config.rollout.batch_size,
-    )
-    engine.load_weights(_tensors(arch, folder), version=0)
     mixer = DomainMixer(config, inputs.tokenizer)
-    accuracy = evaluate(config, mixer, Collector(config, mixer, engine, inputs.tokenizer, world))
+    accuracy = {}
+    for name, checkpoint in checkpoints.items():
+        folder = resolve_folder(checkpoint, name)
+        arch = read_architecture(folder)
+        engine = InProcessEngine(
+            arch,
+            stop_ids=inputs.tokenizer.stop_ids,
+            dtype=getattr(torch, config.model.dtype),
+            device=world.device,
+            batch_size=config.rollout.batch_size,
+        )
+        engine.load_weights(_tensors(arch, folder), version=0)
+        accuracy[name] = evaluate(config, mixer, Collector(config, mixer, engine, inputs.tokenizer, world))
     stop_world()
     return accuracy
 

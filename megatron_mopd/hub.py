@@ -24,8 +24,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def resolve_folder(name: str, key: str) -> Path:
     """The folder with config.json that `name` stands for.
 
-    `name` is a folder, a checkpoint of this program, or a Hub name. A checkpoint of this program (it has a manifest.json) resolves to its `model` subfolder. `key` is the
-    configuration key that is named in errors. Raises ConfigError; may download.
+    `name` is a folder, a checkpoint of this program, or a Hub name. A checkpoint of this
+    program (it has a manifest.json) resolves to its `model` subfolder. `key` is the configuration key that is
+    named in errors. Raises ConfigError; may download.
     """
     path = Path(name).expanduser()
     if path.is_dir():

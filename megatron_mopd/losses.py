@@ -51,7 +51,7 @@ def grpo(
     is_clipped = (clipped * advantages < ratio * advantages).float()
     return Loss(
         (weights * loss).sum(),
-        {"loss": loss.detach(), "clip_share": is_clipped, "ratio": ratio.detach(), "advantage": advantages.abs()},
+        {"loss": loss.detach(), "clip_share": is_clipped, "ratio": ratio.detach()},
     )
 
 

@@ -34,6 +34,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: a key must be a plain word")
         if key_node.value in seen:
             raise ConfigError(f"line {key_node.start_mark.line + 1}: key '{key_node.value}' appears twice; keep one")
         seen.add(key_node.value)
@@ -48,9 +50,15 @@ _StrictLoader.yaml_implicit_resolvers = {
 }
 # YAML 1.2: only true/false are booleans, and 1e-6 is a number.
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that the loader above would take for numbers."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def load_yaml(text: str, origin: str) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def to_tree(value: Any) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    return yaml.safe_dump(to_tree(value), sort_keys=False, default_flow_style=None, width=110)
+    return yaml.dump(to_tree(value), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -185,3 +193,5 @@ def read_text(path: str | Path, what: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} {path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None

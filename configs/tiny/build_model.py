@@ -3,8 +3,8 @@
     python configs/tiny/build_model.py [folder]
 
 Every printable ASCII character is a token, so that the model has to work on letters and digits; what the
-demo's three reasoning-gym tasks say in every prompt, and the brackets of their answers, are one token each, so
-that prompts stay short. There are no weights: the `sft` stage starts from random ones.
+demo's three reasoning-gym tasks say in every prompt, and the brackets of their answers, are one token each,
+so that prompts stay short. There are no weights: the `sft` stage starts from random ones.
 """
 
 from __future__ import annotations

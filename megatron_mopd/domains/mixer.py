@@ -51,9 +51,9 @@ class DomainMixer:
     def draw(self, count: int) -> list[Prompt]:
         """The next `count` prompts, domains interleaved.
 
-        Each prompt goes to the domain that is owed most, so shares are exact whenever count * share is whole for
-        all and the rest is carried over: drawing 20 twice is drawing 40. Raises ConfigError for a domain that
-        has no usable prompt left.
+        Each prompt goes to the domain that is owed most, so shares are exact whenever count * share is whole
+        for all, and the rest is carried over: drawing 20 twice is drawing 40. Raises ConfigError for a domain
+        that has no usable prompt left.
         """
         prompts = []
         for _ in range(count):
@@ -132,9 +132,9 @@ class _Feed:
             state.drawn += 1
             return prompt
         raise ConfigError(
-            f"domains.{self._name}: {PATIENCE} prompts in a row cannot be used (in all {state.too_long} longer"
-            f" than max_prompt_tokens={self._spec.max_prompt_tokens}, {state.held_out_skipped} held out for"
-            " evaluation); raise max_prompt_tokens, widen the source, or lower evaluation.prompts"
+            f"domains.{self._name}: {PATIENCE} prompts in a row cannot be used (in all {state.too_long}"
+            f" longer than max_prompt_tokens={self._spec.max_prompt_tokens}, {state.held_out_skipped} held"
+            " out for evaluation); raise max_prompt_tokens, widen the source, or lower evaluation.prompts"
         )
 
     def held_out(self) -> list[Prompt]:

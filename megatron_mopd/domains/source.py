@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from megatron_mopd.tokenizer import Message
 from megatron_mopd.yaml_config import ConfigError
 
-CHUNK = 1000
+CHUNK = 10_000
 """Items of a reasoning-gym data set. Some tasks build all items at once, one refuses more than 20,000: an
 endless stream is therefore a sequence of small sets with seeds of their own."""
 
@@ -233,7 +233,7 @@ def _remember[T](cache: dict[int, T], number: int, make: Callable[[], T]) -> T:
     if number not in cache:
         value = make()
         if len(cache) >= 2:
-            cache.pop(min(cache, key=lambda other: (other >= number - 1, other)))
+            del cache[next(iter(cache))]
         cache[number] = value
     return cache[number]
 

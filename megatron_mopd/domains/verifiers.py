@@ -1,4 +1,4 @@
-"""Scores responses: the reasoning-gym task's own scorer, math-verify, or exact text. Rewards are in [0, 1]."""
+"""Scores responses: the reasoning-gym task's own scorer, math-verify, or exact text. Rewards: 0 to 1."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Rollout
 from megatron_mopd.yaml_config import ConfigError
 
-SECONDS_PER_ANSWER = 2
-"""After which a response that keeps the scorer busy counts as wrong."""
+CPU_SECONDS_PER_ANSWER = 5.0
+"""After which a response that keeps its scorer busy counts as wrong. CPU time, not the clock's: a
+reward must not depend on how busy the machine is."""
+_NO_ALARM = 10**6
+"""math-verify's own limits are by the clock, and switching them off logs a warning per process."""
 
 EVALUATING_TASKS = frozenset(
     {
@@ -84,7 +87,7 @@ class _TooSlow(BaseException):
 def verify(rollouts: Sequence[Rollout], config: RunConfig, tokenizer: Tokenizer) -> list[Rollout]:
     """The rollouts with `reward` set by their domain's verifier; truncated responses are scored as they are.
 
-    Must run in a process's main thread: its time limits use SIGALRM.
+    Must run in a process's main thread: its time limits use signals (SIGVTALRM; math-verify's, SIGALRM).
     """
     return [
         dataclasses.replace(
@@ -123,7 +126,7 @@ def score_task(answer: str, task: str, params: Mapping[str, Any], record: Mappin
         return 0.0
     scorer = _task_scorer(task, json.dumps(params, sort_keys=True))
     try:
-        with _time_limit(SECONDS_PER_ANSWER):
+        with _cpu_limit(CPU_SECONDS_PER_ANSWER):
             value = float(scorer(answer, dict(record)))
     except (*_GARBAGE, _TooSlow):
         return 0.0
@@ -137,10 +140,13 @@ def score_math(answer: str, truth: str) -> float:
     # Imported here: two seconds that runs without this verifier need not pay.
     from math_verify import parse, verify
 
-    given = parse(answer, parsing_timeout=SECONDS_PER_ANSWER)
-    return (
-        float(verify(list(_parse_truth(truth)), given, timeout_seconds=SECONDS_PER_ANSWER)) if given else 0.0
-    )
+    expected = list(_parse_truth(truth))
+    try:
+        with _cpu_limit(CPU_SECONDS_PER_ANSWER):
+            given = parse(answer, parsing_timeout=_NO_ALARM)
+            return float(verify(expected, given, timeout_seconds=_NO_ALARM)) if given else 0.0
+    except _TooSlow:
+        return 0.0
 
 
 def group_advantages(rollouts: Sequence[Rollout], normalise_by_std: bool) -> list[Rollout]:
@@ -176,7 +182,7 @@ def _parse_truth(truth: str) -> tuple[Any, ...]:
 
     # Boxed, so that bare LaTeX is read as such; the samples of one prompt share the result.
     text = truth if "\\boxed" in truth else f"\\boxed{{{truth.strip().strip('$')}}}"
-    parsed = parse(text, parsing_timeout=SECONDS_PER_ANSWER)
+    parsed = parse(text, parsing_timeout=_NO_ALARM)
     if not parsed:
         raise ConfigError(
             f"reference answer {truth!r}: math-verify cannot read it; use verifier exact, or correct it"
@@ -192,14 +198,14 @@ def _safe_to_evaluate(answer: str) -> bool:
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def _cpu_limit(seconds: float) -> Iterator[None]:
     def stop(signum: int, frame: object) -> None:
         raise _TooSlow
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)

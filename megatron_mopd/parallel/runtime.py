@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import warnings
@@ -16,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_mopd.config import ParallelSpec, check_layout
 from megatron_mopd.parallel import cpu
+from megatron_mopd.yaml_config import ConfigError
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -78,6 +80,8 @@ def start_world(parallel: ParallelSpec, seed: int) -> World:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and lay Megatron's groups over it."""
     cuda = torch.cuda.is_available()
     if cuda:
+        if importlib.util.find_spec("transformer_engine") is None:
+            raise ConfigError("Transformer Engine is not installed, which the GPU path needs: pip install '.[gpu]'")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     cpu.install()
     from megatron.core import parallel_state

@@ -1,12 +1,12 @@
 """The folder of a checkpoint: its manifest, its atomic appearance, `latest`, and which ones are kept.
 
-    run_dir/checkpoints/step_00000060/manifest.json      written last; names every other file and its size
-                                     /model/             Hugging Face folder, for other runs and for evaluation
-                                     /state/             Megatron's distributed checkpoint, for resuming this run
+    run_dir/checkpoints/step_00000060/manifest.json    written last; names every other file and its size
+                                      model/           Hugging Face folder, for other runs and for evaluation
+                                      state/           Megatron's distributed checkpoint, to resume this run
     run_dir/checkpoints/latest -> step_00000060
 
-Imports neither torch nor Megatron: the command line and the pre-flight checks read manifests too. Nothing here is
-collective: the caller lets one rank write.
+Imports neither torch nor Megatron: the command line and the pre-flight checks read manifests too. Nothing is
+collective here: the caller lets one rank write.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 UNFINISHED = ".tmp"
-"""Suffix of everything that is being written or deleted; whatever still carries it is garbage of a killed run."""
+"""Suffix of everything that is being written or deleted; what keeps it is garbage of a killed run."""
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint cannot be written, is incomplete, or does not fit; the message names the folder and a remedy."""
+    """A checkpoint cannot be written, is incomplete, or does not fit; the message names folder and remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The parallel layout that wrote a checkpoint. Loading works in any other; only random states need the same."""
+    """The layout that wrote a checkpoint. It loads in any other; only random states need this one."""
 
     ranks: int
     tensor: int
@@ -57,7 +57,7 @@ class Manifest:
     state: dict[str, Any]
     """The caller's own: data cursors, teachers, counters; exactly what `json` gives back."""
     files: dict[str, int]
-    """Relative path -> bytes of every other file, so that a truncated one is found before anything is loaded."""
+    """Relative path -> bytes of every other file: a truncated one is found before anything is loaded."""
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -74,16 +74,16 @@ def unfinished(folder: Path) -> Path:
 
 
 def find_latest(run_dir: Path) -> Path | None:
-    """The checkpoint to resume from: `latest` if complete, else the newest complete one. None if there is none at all.
+    """The checkpoint to resume from: `latest` if complete, else the newest complete one. None if none exists.
 
     Raises:
-        CheckpointError: there are checkpoints, but not one of them is complete (starting anew would overwrite them).
+        CheckpointError: there are checkpoints, but not one is complete (starting anew would overwrite them).
     """
     folders = _step_folders(run_dir)
     latest = checkpoints_folder(run_dir) / LATEST
     if latest.is_symlink():
         folders.insert(0, latest.parent / os.readlink(latest))
-    problems = []
+    problems: list[str] = []
     for folder in folders:
         problem = _problem(folder)
         if problem is None:
@@ -154,7 +154,9 @@ def _step_folders(run_dir: Path) -> list[Path]:
     folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         return []
-    found = [child for child in folder.iterdir() if re.fullmatch(r"step_\d{8,}", child.name) and child.is_dir()]
+    found = [
+        child for child in folder.iterdir() if re.fullmatch(r"step_\d{8,}", child.name) and child.is_dir()
+    ]
     return sorted(found, key=_step, reverse=True)
 
 
@@ -193,12 +195,18 @@ def free_bytes(folder: Path) -> int:
 
 
 def publish(
-    folder: Path, *, step: int, layout: Layout, versions: dict[str, str], state: dict[str, Any], keep_last: int
+    folder: Path,
+    *,
+    step: int,
+    layout: Layout,
+    versions: dict[str, str],
+    state: dict[str, Any],
+    keep_last: int,
 ) -> None:
     """Give the finished checkpoint its name, let `latest` point to it, delete the oldest.
 
-    A crash at any point leaves either the previous or this checkpoint complete and `latest` pointing to one of them;
-    only when a step is written a second time is there a moment in which `find_latest` has to fall back.
+    A crash at any point leaves the previous or this checkpoint complete and `latest` pointing to one of them.
+    Only when a step is written a second time is there a moment in which `find_latest` has to fall back.
     """
     partial = unfinished(folder)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -209,23 +217,21 @@ def publish(
     (partial / MANIFEST).write_text(json.dumps(to_tree(manifest), indent=1) + "\n", encoding="utf-8")
     for path in [partial, *partial.rglob("*")]:
         _fsync(path)
+    latest = folder.parent / LATEST
+    unfinished(latest).symlink_to(
+        folder.name
+    )  # before the rename: from there on nothing needs space any more
     if folder.exists():
         _delete(folder)
     partial.rename(folder)
+    unfinished(latest).replace(latest)
     _fsync(folder.parent)
-    _point_latest_to(folder)
     older = [other for other in _step_folders(folder.parent.parent) if _step(other) < step]
     for other in older[keep_last - 1 :]:
-        _delete(other)
-
-
-def _point_latest_to(folder: Path) -> None:
-    link = folder.parent / LATEST
-    new = unfinished(link)
-    new.unlink(missing_ok=True)
-    new.symlink_to(folder.name)
-    new.replace(link)
-    _fsync(folder.parent)
+        try:
+            _delete(other)
+        except OSError as error:
+            logger.warning("%s: an old checkpoint that cannot be deleted: %s", other, error.strerror)
 
 
 def _delete(folder: Path) -> None:

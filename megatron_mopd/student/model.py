@@ -46,7 +46,6 @@ def transformer_config(
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
             "moe_router_dtype": "fp32",
-            "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": gpu,
             "moe_permute_fusion": gpu,
         }
@@ -79,6 +78,7 @@ def transformer_config(
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.tensor > 1,
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # also without experts: the default refuses variable lengths
         calculate_per_token_loss=True,
         bias_activation_fusion=gpu,
         masked_softmax_fusion=False,

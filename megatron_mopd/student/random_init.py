@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.architecture import Architecture
-from megatron_mopd.student.weight_table import Shard, split
+from megatron_mopd.student.weight_table import split
 from megatron_mopd.student.weights import find_parts
 
 
@@ -17,9 +17,8 @@ from megatron_mopd.student.weights import find_parts
 def init_random(model: torch.nn.Module, arch: Architecture, world: World, seed: int) -> None:
     """Norms are 1, all else normal with `initializer_range`; a tensor's values depend on (seed, its name) only."""
     for own in find_parts(model, arch, world).all():
-        rank, size = (0, 1) if own.row.is_expert else (world.tensor.rank, world.tensor.size)
         whole = [_tensor(tensor.name, tensor.shape, arch.init_std, seed) for tensor in own.hf(arch)]
-        own.parameter.copy_(split(own.row.layout, whole, arch, Shard(rank, size, own.parameter.shape[0])))
+        own.parameter.copy_(split(own.row.layout, whole, arch, own.shard(world)))
 
 
 def _tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

@@ -19,10 +19,13 @@ from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.model import forward_hidden, output_weight
 from megatron_mopd.types import NO_SCORES, MicroBatch, TeacherScores
 
-METRICS = ("loss", "reverse_kl", "entropy", "advantage", "clip_share", "ratio")
-"""Per-token quantities that are summed per domain; a loss reports those it has."""
-NUM_SUMS = len(METRICS) + 3
-"""Rows of the table of sums: METRICS, the number of tokens, weight * loss, and the weights (they sum to the units)."""
+METRICS = {
+    "cross_entropy": ("loss", "entropy"),
+    "grpo": ("loss", "entropy", "ratio", "clip_share"),
+    "sampled": ("loss", "entropy", "reverse_kl", "advantage", "clip_share"),
+    "full_vocab": ("loss", "entropy", "reverse_kl"),
+}
+"""objective kind -> the per-token quantities that are reported, averaged per domain; "loss" comes first."""
 
 
 def vocab_shard(model: GPTModel, vocab_size: int, world: World) -> VocabShard:
@@ -103,6 +106,7 @@ class LossStep:
         self._vocab_size = vocab_size
         self._num_domains = num_domains
         self._world = world
+        self.metrics = METRICS[objective.kind]
 
     def run(
         self,
@@ -113,7 +117,7 @@ class LossStep:
         *,
         backward: bool,
     ) -> Tensor:
-        """[NUM_SUMS, domains] sums over this rank's rows.
+        """[len(metrics) + 3, domains] sums over this rank's rows: metrics, tokens, weight * loss, weights (= units).
 
         Zero on ranks other than the first tensor rank of the last stage: a sum over the world is the global sum.
         """
@@ -125,7 +129,7 @@ class LossStep:
             units = torch.tensor(batch.num_units, dtype=torch.int, device=hidden.device)
             return (loss.total, units, report) if backward else report
 
-        sums = torch.zeros(NUM_SUMS, self._num_domains, dtype=torch.float64, device=self._world.device)
+        sums = torch.zeros(len(self.metrics) + 3, self._num_domains, dtype=torch.float64, device=self._world.device)
         for report in run_schedule(model, batches, at_the_end, backward=backward):
             if self._world.tensor.rank == 0:
                 sums += report
@@ -170,9 +174,9 @@ class LossStep:
         return loss, tokens.entropy
 
     def _per_domain(self, batch: MicroBatch, rows: Mapping[str, Tensor]) -> Tensor:
-        """[NUM_SUMS, domains] sums over the rows of one micro-batch."""
-        zeros = torch.zeros_like(batch.weights)
-        per_token = [rows.get(name, zeros) for name in METRICS]
-        values = torch.stack([*per_token, torch.ones_like(zeros), batch.weights * rows["loss"], batch.weights])
-        sums = torch.zeros(NUM_SUMS, self._num_domains, dtype=torch.float64, device=values.device)
+        """[len(metrics) + 3, domains] sums over the rows of one micro-batch."""
+        per_token = [rows[name] for name in self.metrics]
+        ones = torch.ones_like(batch.weights)
+        values = torch.stack([*per_token, ones, batch.weights * rows["loss"], batch.weights])
+        sums = torch.zeros(len(self.metrics) + 3, self._num_domains, dtype=torch.float64, device=values.device)
         return sums.index_add_(1, batch.domain_index, values.double())

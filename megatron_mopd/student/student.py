@@ -16,7 +16,7 @@ from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.model import build_model
 from megatron_mopd.student.optimizer import learning_rate, wrap
 from megatron_mopd.student.random_init import init_random
-from megatron_mopd.student.step import METRICS, LossStep
+from megatron_mopd.student.step import LossStep
 from megatron_mopd.student.weight_stream import iter_hf
 from megatron_mopd.student.weights import load_hf
 from megatron_mopd.types import MicroBatch, TeacherScores, UpdateReport
@@ -80,7 +80,7 @@ class Student:
         return iter_hf(self.model, self.arch, self._world)
 
     def _stop_if_not_finite(self, sums: Tensor, step: int) -> None:
-        bad_loss = ~sums[METRICS.index("loss")].isfinite()
+        bad_loss = ~sums[0].isfinite()
         buffers = [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
         bad_gradient = not all(bool(buffer.grad_data.sum().isfinite()) for buffer in buffers)
         flags = torch.cat([bad_loss.float(), torch.tensor([float(bad_gradient)], device=sums.device)])
@@ -100,12 +100,13 @@ class Student:
         )
 
     def _report(self, sums: Tensor) -> dict[str, float]:
-        """[NUM_SUMS, domains] -> {'<metric>[/<domain>]': mean over tokens}, and 'objective': what was minimised."""
+        """The table of `LossStep.run` -> {'<metric>[/<domain>]': mean over tokens}, and 'objective': what was minimised."""
+        names = self._loss.metrics
         table = torch.cat([sums, sums.sum(1, keepdim=True)], dim=1)
-        per_token, (tokens, weighted_loss, units) = table[: len(METRICS)], table[len(METRICS) :]
+        per_token, (tokens, weighted_loss, units) = table[: len(names)], table[len(names) :]
         means = (per_token / tokens.clamp(min=1)).tolist()
         report = {"objective": float(weighted_loss[-1] / units[-1].clamp(min=1e-9))}
-        for metric, values in zip(METRICS, means, strict=True):
+        for metric, values in zip(names, means, strict=True):
             for name, value in zip(self._config.domain_names, values[:-1], strict=True):
                 report[f"{metric}/{name}"] = value
             report[metric] = values[-1]

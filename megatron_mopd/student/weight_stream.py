@@ -46,7 +46,7 @@ def iter_hf(model: torch.nn.Module, arch: Architecture, world: World) -> Iterato
     """Whole Hugging Face tensors, on every rank, in the order of `model_tensors`, on the parameters' device.
 
     Collective: every rank must exhaust it. Per layer at most one all-gather over the tensor ranks, one over
-    the expert ranks and one broadcast over the pipeline; nothing on a single rank. The tensors may be views of
+    the expert ranks and one broadcast over the pipeline; nothing on one rank. The tensors may be views of the
     parameters: read them before the next update, never write into them. One layer at a time is whole.
     """
     parts = find_parts(model, arch, world)

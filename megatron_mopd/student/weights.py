@@ -46,6 +46,10 @@ class Owned:
     def hf(self, arch: Architecture) -> tuple[HFTensor, ...]:
         return hf_tensors(self.row, arch, self.layer, self.expert)
 
+    def shard(self, world: World) -> Shard:
+        rank, size = (0, 1) if self.row.is_expert else (world.tensor.rank, world.tensor.size)
+        return Shard(rank, size, self.parameter.shape[0])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
@@ -164,8 +168,7 @@ def load_hf(model: torch.nn.Module, arch: Architecture, folder: Path, world: Wor
     stored = _check(arch, folder)
     with TensorReader(stored) as reader:
         for own in find_parts(model, arch, world).all():
-            axis_rank, axis_size = (0, 1) if own.row.is_expert else (world.tensor.rank, world.tensor.size)
-            shard = Shard(axis_rank, axis_size, own.parameter.shape[0])
+            shard = own.shard(world)
             part = split(own.row.layout, [reader[tensor.name] for tensor in own.hf(arch)], arch, shard)
             if part.shape != own.parameter.shape:
                 raise ValueError(f"{own.row.megatron[0]}: {part.shape} for {own.parameter.shape}")

@@ -92,8 +92,8 @@ def run_ranks[R](
 def _host_store() -> tuple[int, int]:
     """(pid, port) of a process that serves the rendezvous on a port that the system chose.
 
-    A process of its own: in a rank it would end with that rank, and with a server thread in the parent the forks
-    that follow deadlock now and then.
+    A process of its own: in a rank it would end with that rank, and with a server thread in the parent the
+    forks that follow deadlock now and then.
     """
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     port = listener.getsockname()[1]

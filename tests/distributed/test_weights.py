@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_mopd.config import ParallelSpec
+from megatron_mopd.config import OptimSpec, ParallelSpec
 from megatron_mopd.parallel.runtime import World, start_world, stop_world
 from megatron_mopd.student.architecture import Architecture, parse_architecture, read_architecture
 from megatron_mopd.student.hf_files import INDEX, SINGLE, TensorSpec, content_hash, read_headers, write_model
 from megatron_mopd.student.model import build_model
+from megatron_mopd.student.optimizer import wrap
 from megatron_mopd.student.weight_stream import export_hf, iter_hf
 from megatron_mopd.student.weight_table import model_tensors
 from megatron_mopd.student.weights import check_hf, load_hf
@@ -170,7 +172,6 @@ def test_dtypes_are_cast_on_load_and_on_export(models: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
     expected = read_tensors(models / "moe_tied")
     for name, tensor in read_tensors(tmp_path / "out").items():
-        assert tensor.dtype == torch.float32
         assert torch.equal(tensor, expected[name].bfloat16().float()), name
 
 
@@ -181,8 +182,7 @@ def _bfloat16(models: Path) -> None:
     model = build_model(arch, spec, world, torch.bfloat16, training=False)
     load_hf(model, arch, models / "moe", world)
     expected = read_tensors(models / "moe")
-    for name, tensor in iter_hf(model, arch, world):
-        assert torch.equal(tensor, expected[name].bfloat16()), name
+    assert all(torch.equal(t, expected[name].bfloat16()) for name, t in iter_hf(model, arch, world))
     stop_world()
 
 
@@ -190,18 +190,13 @@ def test_bfloat16_travels_between_ranks(models: Path) -> None:
     run_ranks(_bfloat16, 4, models, init=False)
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> Iterator[tuple[Path, Architecture]]:
-    yield tmp_path / "model", make_model(tmp_path / "model", "moe")
-
-
 def _rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
     specs = [TensorSpec(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items()]
     write_model(folder, specs, iter(tensors.items()))
 
 
-def test_check_names_key_tensor_and_remedy(broken: tuple[Path, Architecture]) -> None:
-    folder, arch = broken
+def test_check_names_key_tensor_and_remedy(tmp_path: Path) -> None:
+    folder, arch = tmp_path / "model", make_model(tmp_path / "model", "moe")
     check_hf(arch, folder, "model.hf_config")
     tensors = read_tensors(folder)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -209,11 +204,16 @@ def test_check_names_key_tensor_and_remedy(broken: tuple[Path, Architecture]) ->
     wrong = (
         ({k: v for k, v in tensors.items() if k != name}, rf"'{name}' is missing \(1 in all\)"),
         (tensors | bias, r"'model.extra.bias' is not part of the model \(1 in all\)"),
-        (tensors | {name: torch.zeros(25, 32)}, rf"'{name}' has shape \[25, 32\], config.json says \[24, 32\]"),
+        (
+            tensors | {name: torch.zeros(25, 32)},
+            rf"'{name}' has shape \[25, 32\], config.json says \[24, 32\]",
+        ),
     )
     for changed, message in wrong:
         _rewrite(folder, changed)
-        with pytest.raises(ConfigError, match=rf"^model\.hf_config: .*{message}; use config.json and weights"):
+        with pytest.raises(
+            ConfigError, match=rf"^model\.hf_config: .*{message}; use config.json and weights"
+        ):
             check_hf(arch, folder, "model.hf_config")
 
 
@@ -229,8 +229,8 @@ def _load_fails(folder: Path, arch: Architecture) -> tuple[str, bool]:
     return str(caught.value), untouched
 
 
-def test_a_truncated_file_stops_the_load_before_the_first_copy(broken: tuple[Path, Architecture]) -> None:
-    folder, arch = broken
+def test_a_truncated_file_stops_the_load_before_the_first_copy(tmp_path: Path) -> None:
+    folder, arch = tmp_path / "model", make_model(tmp_path / "model", "moe")
     last = sorted(folder.glob("*.safetensors"))[-1]
     last.write_bytes(last.read_bytes()[:-100])
     [(message, untouched)] = run_ranks(_load_fails, 1, folder, arch, init=False)
@@ -254,18 +254,47 @@ def test_a_stored_output_layer_of_a_tied_model_must_equal_the_embedding(models: 
 
 
 def _export_fails(models: Path, out: Path) -> str:
-    world = start_world(ParallelSpec(tensor=2), seed=1)
-    arch = read_architecture(models / "dense")
-    model = build_model(arch, ParallelSpec(tensor=2), world, torch.float32, training=False)
-    load_hf(model, arch, models / "dense", world)
+    """A first export, then one that hits a limit on the size of files, as a full disk would."""
+    spec = ParallelSpec(tensor=2)
+    world = start_world(spec, seed=1)
+    arch = read_architecture(models / "moe")
+    model = build_model(arch, spec, world, torch.float32, training=False)
+    load_hf(model, arch, models / "moe", world)
+    export_hf(model, arch, world, out, models / "moe")
+    for parameter in model.parameters():
+        parameter.detach().zero_()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
     with pytest.raises(ConfigError) as caught:
-        export_hf(model, arch, world, out, models / "dense")
+        export_hf(model, arch, world, out, models / "moe")
     stop_world()
     return str(caught.value)
 
 
-def test_an_export_that_cannot_be_written_ends_on_every_rank(models: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    messages = run_ranks(_export_fails, 2, models, tmp_path / "file" / "out", init=False, timeout=60)
+def test_a_full_disk_is_an_error_on_every_rank_and_spares_the_old_export(
+    models: Path, tmp_path: Path
+) -> None:
+    messages = run_ranks(_export_fails, 2, models, tmp_path / "out", init=False)
     assert messages[0] == messages[1]
-    assert "cannot write the model: Not a directory; make room or choose another folder" in messages[0]
+    assert f"{tmp_path / 'out'}: cannot write the model: File too large; make room" in messages[0]
+    assert content_hash(tmp_path / "out") == content_hash(models / "moe")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def _through_the_wrapper(models: Path) -> None:
+    spec = ParallelSpec(tensor=2)
+    world = start_world(spec, seed=1)
+    arch = read_architecture(models / "moe")
+    model = build_model(arch, spec, world, torch.float32, training=True)
+    load_hf(model, arch, models / "moe", world)
+    wrapped, _ = wrap(model, OptimSpec(lr=1e-3))
+    expected = read_tensors(models / "moe")
+    for name, tensor in iter_hf(wrapped, arch, world):
+        assert torch.equal(tensor, expected.pop(name)), name
+        assert not tensor.requires_grad
+    assert not expected
+    stop_world()
+
+
+def test_weights_are_read_from_under_data_parallel_and_optimizer(models: Path) -> None:
+    run_ranks(_through_the_wrapper, 4, models, init=False)

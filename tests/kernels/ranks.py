@@ -65,7 +65,7 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """[function(group, *arguments) of rank 0, rank 1, ...]; AssertionError with the trace of a rank that failed.
+        """[function(group, *arguments) of rank 0, 1, ...]; AssertionError with a failed rank's trace.
 
         TimeoutError when a rank does not answer; all are killed then, and further calls fail at once.
         """

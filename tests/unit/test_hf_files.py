@@ -1,4 +1,4 @@
-"""Headers are read strictly, files are written so that a failure leaves the old ones, and hashes see every byte."""
+"""Headers are read strictly, a failure while writing leaves the old files, hashes see every byte."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def _fails(folder: Path, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(("max_bytes", "files"), [(1 << 20, 1), (60, 2), (1, 3)])
-def test_written_files_are_read_by_the_safetensors_library(tmp_path: Path, max_bytes: int, files: int) -> None:
+def test_written_files_are_read_by_the_safetensors_library(
+    tmp_path: Path, max_bytes: int, files: int
+) -> None:
     _write(tmp_path, max_bytes)
     found = sorted(tmp_path.glob("*.safetensors"))
     assert len(found) == files
@@ -85,7 +87,10 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     path = tmp_path / SINGLE
     data = path.read_bytes()
     path.write_bytes(data[:-3])
-    _fails(tmp_path, rf"{re.escape(str(path))}: {len(data) - 3} bytes, but its header describes {len(data)}; .*again")
+    _fails(
+        tmp_path,
+        rf"{re.escape(str(path))}: {len(data) - 3} bytes, but its header describes {len(data)}; .*again",
+    )
     path.write_bytes(data[:20])
     _fails(tmp_path, f"{SINGLE}: 20 bytes, too short for its header")
     path.write_bytes(b"")

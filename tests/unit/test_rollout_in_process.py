@@ -1,114 +1,25 @@
-"""The in-process engine against `transformers`, and its promises about batches, limits and weights."""
+"""What the in-process engine promises about batches, seeds, limits and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_mopd.rollout import decoder, in_process
 from megatron_mopd.rollout.engine import Sampling
-from megatron_mopd.rollout.in_process import InProcessEngine
-from megatron_mopd.student.architecture import Architecture, read_architecture
 from megatron_mopd.types import Prompt, Rollout
+from tests.unit.rollout_reference import VOCABULARY, Reference, build, make_prompts
 
-VOCABULARY = 61
 MODEL = Sampling(temperature=1.0)
-GREEDY = Sampling(temperature=0.0)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A random model of `transformers` and its weights as it writes them to disk."""
-
-    model: Any
-    arch: Architecture
-    weights: dict[str, Tensor]
-
-    def engine(self, **options: Any) -> InProcessEngine:
-        settings = {"stop_ids": (), "dtype": torch.float32, "device": torch.device("cpu"), "batch_size": 64}
-        engine = InProcessEngine(self.arch, **(settings | options))
-        engine.load_weights(self.weights.items(), version=5)
-        return engine
-
-    def logprobs(self, token_ids: np.ndarray, temperature: float = 1.0) -> Tensor:
-        """[T, V]: row t is the distribution of token t; row 0 is empty."""
-        with torch.no_grad():
-            logits = self.model(torch.from_numpy(token_ids)[None]).logits[0]
-        return torch.cat((torch.zeros(1, logits.shape[1]), (logits / temperature).log_softmax(-1)[:-1]))
-
-
-def build(folder: Path, *, moe: bool, tied: bool, renormalised: bool = True, width: int = 32) -> Reference:
-    import transformers
-    from safetensors.torch import load_file
-
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": width,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.2,
-    }
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": width // 2}
-    torch.manual_seed(width + 2 * tied + moe)
-    if moe:
-        config = transformers.Qwen3MoeConfig(**common, **experts, norm_topk_prob=renormalised)
-        model = transformers.Qwen3MoeForCausalLM(config)
-    else:
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:  # they are all ones at first, which would hide a norm in the wrong place
-                parameter.uniform_(0.5, 1.5)
-    if moe:
-        model.set_experts_implementation("eager")  # independent of the grouped matmul that is tested here
-    model.eval().save_pretrained(folder)
-    return Reference(model, read_architecture(folder), load_file(folder / "model.safetensors"))
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
-    def folder(name: str) -> Path:
-        return tmp_path_factory.mktemp(name)
-
-    return {
-        "moe": build(folder("moe"), moe=True, tied=False),
-        "moe_tied": build(folder("moe_tied"), moe=True, tied=True, renormalised=False),
-        # 18 floats are not a multiple of 16 bytes, which the grouped matmul asks for.
-        "moe_odd": build(folder("moe_odd"), moe=True, tied=False, width=18),
-        "dense": build(folder("dense"), moe=False, tied=False),
-        "dense_tied": build(folder("dense_tied"), moe=False, tied=True),
-    }
-
-
-@pytest.fixture(scope="module")
-def moe(references: dict[str, Reference]) -> Reference:
-    return references["moe"]
-
-
-def make_prompts(count: int, limit: int = 8) -> list[Prompt]:
-    random = np.random.default_rng(count)
-    return [
-        Prompt(
-            id=f"d/{index}",
-            domain="d",
-            token_ids=random.integers(0, VOCABULARY, 1 + (5 * index) % 13),
-            answer="",
-            max_response_tokens=1 + index % limit,
-        )
-        for index in range(count)
-    ]
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return build(tmp_path_factory.mktemp("moe"), moe=True, tied=False)
 
 
 def assert_same(actual: Sequence[Rollout], expected: Sequence[Rollout]) -> None:
@@ -123,62 +34,9 @@ def assert_same(actual: Sequence[Rollout], expected: Sequence[Rollout]) -> None:
         np.testing.assert_allclose(one.rollout_logprobs, other.rollout_logprobs, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["moe", "moe_tied", "moe_odd", "dense", "dense_tied"])
-@pytest.mark.parametrize(
-    ("temperature", "count"), [(1.0, 50), (0.7, 3)]
-)  # 50 rows: grouped experts, 3: all experts
-def test_logprobs_equal_transformers(
-    references: dict[str, Reference], name: str, temperature: float, count: int
-) -> None:
-    reference = references[name]
-    rollouts = reference.engine().generate(
-        make_prompts(count), samples=1, sampling=Sampling(temperature=temperature), seed=3
-    )
-    for rollout in rollouts:
-        expected = reference.logprobs(rollout.token_ids, temperature)
-        expected = expected.gather(1, torch.from_numpy(rollout.token_ids)[:, None])[:, 0].numpy()
-        np.testing.assert_allclose(rollout.rollout_logprobs, expected * rollout.loss_mask, atol=2e-5)
-
-
-@pytest.mark.parametrize("name", ["moe", "moe_tied", "moe_odd", "dense", "dense_tied"])
-def test_all_logits_equal_transformers(references: dict[str, Reference], name: str) -> None:
-    reference = references[name]
-    engine = decoder.Decoder(reference.arch, dtype=torch.float32, device=torch.device("cpu"))
-    engine.weights.load(reference.weights.items())
-    prompts = [prompt.token_ids for prompt in make_prompts(12)]
-    with torch.inference_mode():
-        logits, cache = engine.prefill(prompts, [1] * 12, capacity=4)
-        for token in (3, 14, 15):
-            for prompt, row in zip(prompts, logits, strict=True):
-                expected = reference.model(torch.from_numpy(prompt)[None]).logits[0, -1]
-                torch.testing.assert_close(row, expected, rtol=0, atol=2e-5)
-            logits = engine.decode(torch.full((12,), token), cache)
-            prompts = [np.append(prompt, token) for prompt in prompts]
-
-
-@pytest.mark.parametrize("name", ["moe", "moe_tied", "dense", "dense_tied"])
-def test_greedy_equals_transformers_generate(references: dict[str, Reference], name: str) -> None:
-    reference = references[name]
-    prompts = make_prompts(6)
-    for prompt, rollout in zip(
-        prompts, reference.engine().generate(prompts, samples=1, sampling=GREEDY, seed=0), strict=True
-    ):
-        expected = reference.model.generate(
-            torch.from_numpy(prompt.token_ids)[None],
-            attention_mask=torch.ones(1, len(prompt.token_ids), dtype=torch.int64),
-            do_sample=False,
-            max_new_tokens=prompt.max_response_tokens,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert rollout.token_ids.tolist() == expected[0].tolist()
-        best = reference.logprobs(rollout.token_ids).max(dim=1).values.numpy() * rollout.loss_mask
-        np.testing.assert_allclose(rollout.rollout_logprobs, best, atol=2e-5)
-
-
 def test_a_rollout_does_not_depend_on_its_batch(moe: Reference) -> None:
     prompts = make_prompts(40)
-    options = {"samples": 3, "sampling": MODEL, "seed": 11}
+    options: dict[str, Any] = {"samples": 3, "sampling": MODEL, "seed": 11}
     engine = moe.engine(stop_ids=range(6))
     together = engine.generate(prompts, **options)
     assert [(r.prompt.id, r.sample) for r in together] == [(p.id, s) for p in prompts for s in range(3)]
@@ -256,21 +114,7 @@ def test_stop_tokens_end_the_response_they_belong_to(moe: Reference) -> None:
     assert {rollout.finish_reason for rollout in stopped} == {"stop", "length"}
 
 
-@pytest.mark.parametrize("name", ["moe", "moe_odd", "dense_tied"])
-def test_bfloat16(references: dict[str, Reference], name: str) -> None:
-    reference = references[name]
-    rollouts = reference.engine(dtype=torch.bfloat16).generate(
-        make_prompts(40), samples=1, sampling=MODEL, seed=0
-    )
-    gaps = []
-    for rollout in rollouts:
-        exact = reference.logprobs(rollout.token_ids).gather(1, torch.from_numpy(rollout.token_ids)[:, None])
-        gaps.append((exact[:, 0].numpy() - rollout.rollout_logprobs)[rollout.loss_mask])
-    assert 1e-5 < np.median(np.abs(np.concatenate(gaps))) < 0.1
-
-
-def test_new_weights_replace_the_old_ones_in_place(references: dict[str, Reference]) -> None:
-    moe = references["moe"]
+def test_new_weights_replace_the_old_ones_in_place(moe: Reference) -> None:
     other = {name: tensor.flip(0) for name, tensor in moe.weights.items()}
     engine, prompts = moe.engine(), make_prompts(10)
     before = engine.generate(prompts, samples=1, sampling=MODEL, seed=0)

@@ -28,7 +28,7 @@ def test_stream_key_depends_on_each_part_and_on_nothing_else() -> None:
         stream_key(1, "a/1", 3),
     ]
     assert len(set(keys)) == 4
-    # Pinned, or a resumed run would go on differently: printf '1\\0002\\000a/1' | b2sum -l 64
+    # Pinned, or a resumed run would go on differently: printf '1\0002\000a/1' | b2sum -l 64
     assert keys[0] == int.from_bytes(bytes.fromhex("460cf0edf24714b2"), "little", signed=True)
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
@@ -77,17 +77,22 @@ def test_pick_never_takes_a_token_of_probability_zero() -> None:
         assert pick(row.expand(2, 3), edge).tolist() == [1, 1]
 
 
-def test_draw_reports_the_temperature_scaled_softmax_before_truncation() -> None:
+@pytest.mark.parametrize(
+    ("sampling", "token", "logprob"),
+    [
+        (Sampling(temperature=1.0), 2, math.log(2 / 7)),
+        (Sampling(temperature=2.0), 2, 0.5 * math.log(2) - math.log(3 + math.sqrt(2))),
+        (Sampling(temperature=1.0, top_k=1), 1, math.log(4 / 7)),
+        (Sampling(temperature=0.0), 1, math.log(4 / 7)),
+    ],
+)
+def test_draw_reports_the_scaled_softmax_before_truncation(
+    sampling: Sampling, token: int, logprob: float
+) -> None:
     logits = torch.tensor([[0.0, math.log(4.0), math.log(2.0)]])
-    uniform = torch.tensor([0.999], dtype=torch.float64)
-    token, logprob = draw(logits, uniform, Sampling(temperature=1.0))
-    assert (int(token), float(logprob)) == (2, pytest.approx(math.log(2 / 7)))
-    token, logprob = draw(logits, uniform, Sampling(temperature=2.0))
-    assert (int(token), float(logprob)) == (2, pytest.approx(0.5 * math.log(2) - math.log(3 + math.sqrt(2))))
-    token, logprob = draw(logits, uniform, Sampling(temperature=1.0, top_k=1))
-    assert (int(token), float(logprob)) == (1, pytest.approx(math.log(4 / 7)))
-    token, logprob = draw(logits, uniform, Sampling(temperature=0.0))
-    assert (int(token), float(logprob)) == (1, pytest.approx(math.log(4 / 7)))
+    drawn, reported = draw(logits, torch.tensor([0.999], dtype=torch.float64), sampling)
+    assert int(drawn) == token
+    assert float(reported) == pytest.approx(logprob)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_mopd.student.architecture import Architecture
-from megatron_mopd.student.weight_table import Layout, Shard, join, model_tensors, split, table_of
+from megatron_mopd.student.weight_table import Layout, Row, Shard, join, model_tensors, split, table_of
 
 ARCH = Architecture(
     family="qwen3",
@@ -72,14 +72,14 @@ def test_vocab_is_padded_with_zero_rows(rank: int, rows: int, expected: list[int
 @pytest.mark.parametrize("layout", list(Layout))
 def test_join_undoes_split(layout: Layout, size: int) -> None:
     arch = dataclasses.replace(ARCH, num_heads=8, num_kv_heads=4, head_dim=2, ffn_size=8, vocab_size=10)
-    shapes = {
+    shapes: dict[Layout, list[tuple[int, ...]]] = {
         Layout.REPLICATED: [(3,)],
         Layout.COLS: [(3, 8)],
         Layout.QKV: [(16, 3), (8, 3), (8, 3)],
         Layout.GATED: [(8, 3), (8, 3)],
         Layout.VOCAB: [(10, 3)],
-    }[layout]
-    tensors = [torch.randn(shape) for shape in shapes]
+    }
+    tensors = [torch.randn(shape) for shape in shapes[layout]]
     rows = -(-arch.vocab_size // size)
     shards = [split(layout, tensors, arch, Shard(rank, size, rows)) for rank in range(size)]
     for whole, tensor in zip(join(layout, shards, arch), tensors, strict=True):
@@ -96,13 +96,49 @@ def test_one_rank_joins_without_a_copy_where_rows_stay_in_place() -> None:
 def test_names_are_those_of_the_published_models() -> None:
     moe = dataclasses.replace(ARCH, family="qwen3_moe", num_experts=2, expert_ffn_size=6, num_layers=1)
     shapes = {tensor.name: tensor.shape for tensor in model_tensors(moe)}
-    assert list(shapes)[0] == "model.embed_tokens.weight"
+    assert next(iter(shapes)) == "model.embed_tokens.weight"
     assert list(shapes)[-2:] == ["model.norm.weight", "lm_head.weight"]
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (4, 3)
     assert shapes["model.layers.0.self_attn.o_proj.weight"] == (3, 4)
     assert shapes["model.layers.0.mlp.gate.weight"] == (2, 3)
     assert shapes["model.layers.0.mlp.experts.1.down_proj.weight"] == (3, 6)
     assert len(shapes) == 1 + (8 + 1 + 2 * 3) + 2
+
+
+# As Megatron-Core 0.19.2 with Transformer Engine 2.20.2 lists them for layer 0 (two experts of eight shown).
+_TE_MOE_LAYER = """
+self_attention.linear_proj.weight
+self_attention.linear_qkv.layer_norm_weight
+self_attention.linear_qkv.weight
+self_attention.q_layernorm.weight
+self_attention.k_layernorm.weight
+pre_mlp_layernorm.weight
+mlp.router.weight
+mlp.experts.linear_fc1.weight0
+mlp.experts.linear_fc1.weight1
+mlp.experts.linear_fc2.weight0
+mlp.experts.linear_fc2.weight1
+"""
+_TE_DENSE_MLP = "mlp.linear_fc1.layer_norm_weight mlp.linear_fc1.weight mlp.linear_fc2.weight"
+
+
+def test_every_transformer_engine_name_is_a_spelling_of_one_row() -> None:
+    prefix = "decoder.layers.0."
+    moe = table_of(dataclasses.replace(ARCH, family="qwen3_moe", num_experts=2))
+    patterns = [(row, expert) for row in moe.layer for expert in (0,)]
+    patterns += [(row, expert) for row in moe.expert for expert in (0, 1)]
+    matches = [
+        [name for name in _TE_MOE_LAYER.split() if prefix + name in _spellings(row, expert)]
+        for row, expert in patterns
+    ]
+    assert all(len(match) == 1 for match in matches)
+    assert {name for [name] in matches} == set(_TE_MOE_LAYER.split())
+    dense = {name for row in table_of(ARCH).layer for name in _spellings(row, 0)}
+    assert {prefix + name for name in _TE_DENSE_MLP.split()} <= dense
+
+
+def _spellings(row: Row, expert: int) -> list[str]:
+    return [name.format(layer=0, expert=expert) for name in row.megatron]
 
 
 def test_a_tied_output_layer_is_loaded_but_not_exported() -> None:

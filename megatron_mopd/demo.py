@@ -1,0 +1,147 @@
+"""`mopd demo`: the whole of MOPD, small. sft -> one RL teacher per domain -> mopd -> held-out accuracy of all models.
+
+Each stage is an ordinary run of an ordinary file in the configuration folder; only the run folders are moved below
+the demo's own. A stage that is complete is not run again, so an interrupted demo goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_mopd import preflight
+from megatron_mopd.config import RunConfig, load_config
+from megatron_mopd.environment import world_size
+from megatron_mopd.evaluate import evaluate_checkpoints
+from megatron_mopd.launch import Outcome, run_ranks
+from megatron_mopd.report import Comparison, accuracy_table, plot_demo, read_series, write_summary
+from megatron_mopd.student.checkpoint_files import find_latest, read_manifest
+from megatron_mopd.train import train
+
+BASE, STUDENT = "sft", "mopd"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    name: str
+    config: RunConfig
+
+    @property
+    def checkpoint(self) -> str:
+        return f"{self.config.run_dir}/checkpoints/latest"
+
+    def is_complete(self) -> bool:
+        latest = find_latest(Path(self.config.run_dir))
+        return latest is not None and read_manifest(latest).step >= self.config.steps
+
+
+def run_demo(config_dir: Path, run_dir: Path, overrides: Sequence[str]) -> int:
+    """Run what is missing of the demo and print its table. Returns the exit code; raises ConfigError."""
+    console = Console()
+    stages = _stages(config_dir, run_dir, overrides)
+    seconds = _Seconds(run_dir / "seconds.json")
+    for number, stage in enumerate(stages, start=1):
+        heading = f"[{number}/{len(stages) + 1}] {stage.name}"
+        if stage.is_complete():
+            console.print(f"{heading}: already complete", markup=False, highlight=False)
+            continue
+        console.print(heading, markup=False, highlight=False)
+        with seconds.of(stage.name):
+            preflight.check(stage.config, world_size(stage.config.parallel))
+            outcome = _launch(stage.config, train)
+        if outcome.exit_code:
+            return outcome.exit_code
+    console.print(f"[{len(stages) + 1}/{len(stages) + 1}] eval", markup=False, highlight=False)
+    with seconds.of("eval"):
+        outcome = _launch(stages[-1].config, evaluate_checkpoints, {stage.name: stage.checkpoint for stage in stages})
+    if outcome.exit_code:
+        return outcome.exit_code
+    _report(console, run_dir, stages, outcome.result, seconds.all)
+    return 0
+
+
+def _stages(config_dir: Path, run_dir: Path, overrides: Sequence[str]) -> list[Stage]:
+    """sft, the teachers in the order of the student's file, mopd; each reads the checkpoints of those before it."""
+    mopd = load_config(config_dir / f"{STUDENT}.yaml", overrides)
+    base = f"{run_dir}/{BASE}/checkpoints/latest"
+
+    def stage(name: str, *moved: str) -> Stage:
+        path = config_dir / f"{name}.yaml"
+        return Stage(name, load_config(path, [*overrides, f"run_dir={run_dir}/{name}", *moved]))
+
+    from_base = f"model.checkpoint={base}"
+    teachers = {name: f"rl_{name}" for name in mopd.teachers}
+    routes = [f"teachers.{name}.checkpoint={run_dir}/{run}/checkpoints/latest" for name, run in teachers.items()]
+    return [
+        stage(BASE),
+        *(stage(run, from_base) for run in teachers.values()),
+        stage(STUDENT, from_base, *routes),
+    ]
+
+
+def _launch(config: RunConfig, function: Callable[..., Any], *arguments: object) -> Outcome:
+    return run_ranks(
+        function,
+        (config, *arguments),
+        ranks=world_size(config.parallel),
+        port=config.parallel.port,
+        log_dir=Path(config.run_dir) / "logs",
+    )
+
+
+class _Seconds:
+    """Seconds of each stage, kept on disk so that an interrupted demo reports the sum of its parts."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.all: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self._name, self._started = "", 0.0
+
+    def of(self, name: str) -> _Seconds:
+        if name == "eval":
+            self.all.pop(name, None)
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, *unused: object) -> None:
+        self.all[self._name] = self.all.get(self._name, 0.0) + time.monotonic() - self._started
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self.all))
+
+
+def _report(
+    console: Console,
+    run_dir: Path,
+    stages: Sequence[Stage],
+    accuracy: dict[str, dict[str, float]],
+    seconds: dict[str, float],
+) -> None:
+    mopd = stages[-1].config
+    routed = {name: domain.teacher or "" for name, domain in mopd.domains.items()}
+    comparison = Comparison(
+        before=accuracy[BASE],
+        teachers={name: accuracy[f"rl_{name}"] for name in mopd.teachers},
+        after=accuracy[STUDENT],
+        routed=routed,
+    )
+    folder = Path(mopd.run_dir)
+    plot_demo(
+        run_dir / "demo.png",
+        read_series(folder, "reverse_kl"),
+        read_series(folder, "accuracy", "eval"),
+        {domain: comparison.teachers[teacher][domain] for domain, teacher in routed.items()},
+        comparison.before,
+    )
+    write_summary(run_dir / "summary.json", comparison, seconds)
+    console.print(accuracy_table(comparison))
+    console.print(f"mean normalised score {comparison.normalised_mean:.3f}", highlight=False)
+    console.print(f"run folder {run_dir}: summary.json, demo.png, and one folder per stage", highlight=False)

@@ -1,0 +1,106 @@
+"""A tiny student with its optimizer, the least that trains it, and every number it consists of."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.config import OptimSpec, ParallelSpec
+from megatron_mopd.parallel import cpu
+from megatron_mopd.types import MicroBatch
+from tests import tiny
+
+cpu.install()
+
+from megatron_mopd.parallel.runtime import World, start_world  # noqa: E402
+from megatron_mopd.student import checkpoint  # noqa: E402
+from megatron_mopd.student.architecture import Architecture, parse_architecture  # noqa: E402
+from megatron_mopd.student.model import build_model, output_weight  # noqa: E402
+from megatron_mopd.student.optimizer import wrap  # noqa: E402
+from megatron_mopd.student.random_init import init_random  # noqa: E402
+from megatron_mopd.student.sharded_state import optimizer_parts  # noqa: E402
+from megatron_mopd.student.step import run_schedule  # noqa: E402
+from megatron_mopd.student.weight_stream import iter_hf  # noqa: E402
+
+Degrees = tuple[int, int, int, int]
+"""World, TP, PP, EP."""
+ONE_RANK = (1, 1, 1, 1)
+MOE = parse_architecture(tiny.MOE | {"num_hidden_layers": 2, "num_experts": 4}, "test")
+TIED = dataclasses.replace(MOE, tie_embeddings=True)
+
+
+class Trainee:
+    """A model with its optimizer on this rank, and the least that trains it."""
+
+    def __init__(
+        self, degrees: Degrees, arch: Architecture = MOE, dtype: torch.dtype = torch.float32, *, seed: int = 0
+    ):
+        _, tensor, pipeline, expert = degrees
+        parallel = ParallelSpec(tensor=tensor, pipeline=pipeline, expert=expert)
+        self.arch = arch
+        self.world: World = start_world(parallel, seed)
+        self.model = build_model(arch, parallel, self.world, dtype, training=True)
+        init_random(self.model, arch, self.world, seed)
+        self.ddp, self.optimizer = wrap(self.model, OptimSpec(lr=1e-2, weight_decay=0.1))
+
+    def update(self, step: int) -> None:
+        """The gradient's scale does not matter, only that every weight gets its own and other ranks others."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batch = random_batch(seed=100 * step + self.world.data.rank)
+
+        def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            logits = hidden.float() @ output_weight(self.model).float().T
+            return logits.pow(2).sum() + logits.sum(), torch.tensor(len(batch.token_ids), dtype=torch.int), {}
+
+        run_schedule(self.ddp, [batch], loss, backward=True)
+        succeeded, _, _ = self.optimizer.step()
+        assert succeeded
+
+    def save(self, run_dir: Path, step: int, **options: Any) -> Path:
+        given: dict[str, Any] = {"state": {}, "write_model": lambda folder: None, "keep_last": 2} | options
+        return checkpoint.save(run_dir, step, self.ddp, self.optimizer, self.world, **given)
+
+    def load(self, path: Path) -> None:
+        checkpoint.load(path, self.ddp, self.optimizer, self.world)
+
+    def everything(self) -> dict[str, Tensor]:
+        """Every number on this rank that an update reads or writes."""
+        found = {f"weight {name}": value.detach().clone() for name, value in self.model.named_parameters()}
+        for index, part in enumerate(optimizer_parts(self.optimizer)):
+            for group in part.optimizer.param_groups:
+                for position, main in enumerate(group["params"]):
+                    key = f"{index} {group['is_expert_parallel']} {group['weight_decay']} {position}"
+                    found[f"main {key}"] = main.detach().clone()
+                    found |= {
+                        f"{name} {key}": value.clone() for name, value in part.optimizer.state[main].items()
+                    }
+                found[f"step {index} {len(found)}"] = torch.tensor(group["step"])
+        return found
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in iter_hf(self.model, self.arch, self.world)}
+
+
+def random_batch(seed: int) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([7, 5, 4])
+    ids = torch.randint(0, 101, (16,), generator=generator)
+    return MicroBatch(
+        teacher=None,
+        token_ids=ids,
+        position_ids=torch.cat([torch.arange(int(length)) for length in lengths]),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int(),
+        max_seqlen=7,
+        rows=torch.arange(16),
+        targets=ids,
+        weights=torch.ones(16),
+        num_units=16,
+        rollout_logprobs=torch.zeros(16),
+        outcome_advantages=torch.zeros(16),
+        domain_index=torch.zeros(16, dtype=torch.long),
+    )

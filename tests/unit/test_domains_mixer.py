@@ -1,0 +1,253 @@
+"""Shares, resume, held-out prompts, wrong answers and limits of the mixer, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from megatron_mopd.config import (
+    DomainSpec,
+    EvalSpec,
+    ModelSpec,
+    ObjectiveSpec,
+    OptimSpec,
+    RunConfig,
+    SourceSpec,
+)
+from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.tokenizer import Tokenizer
+from megatron_mopd.types import Prompt
+from megatron_mopd.yaml_config import ConfigError
+
+TINY = Path(__file__).parents[2] / "configs/tiny/model"
+SUM = SourceSpec(
+    reasoning_gym="chain_sum", params={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+)
+SPELL = SourceSpec(reasoning_gym="spell_backward", params={"min_word_len": 3, "max_word_len": 6})
+GCD = SourceSpec(reasoning_gym="gcd", params={"min_numbers": 2, "max_numbers": 2, "max_value": 99})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(TINY)
+
+
+def run_config(
+    domains: dict[str, DomainSpec], seed: int = 0, stage: Literal["sft", "rl"] = "sft", **evaluation: Any
+) -> RunConfig:
+    config = RunConfig(
+        run_dir="unused",
+        stage="sft",
+        steps=1,
+        prompts_per_step=1,
+        model=ModelSpec(hf_config=str(TINY)),
+        domains=domains,
+        optim=OptimSpec(lr=1e-3),
+        objective=ObjectiveSpec(kind="cross_entropy"),
+        seed=seed,
+        evaluation=EvalSpec(**evaluation),
+    )
+    if stage == "rl":
+        rollout = dataclasses.replace(config.rollout, samples_per_prompt=2)
+        config = dataclasses.replace(
+            config, stage="rl", rollout=rollout, objective=ObjectiveSpec(kind="grpo")
+        )
+    return config
+
+
+def three(**changes: Any) -> dict[str, DomainSpec]:
+    return {
+        "math": DomainSpec(source=SUM, weight=0.35, **changes),
+        "text": DomainSpec(source=SPELL, weight=0.35, **changes),
+        "gcd": DomainSpec(source=GCD, weight=0.30, **changes),
+    }
+
+
+def jsonl(path: Path, prompts: list[str], answer: str = "a") -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt in prompts))
+    return path
+
+
+def lines(path: Path, held_out: Path | None = None, **changes: Any) -> dict[str, DomainSpec]:
+    source = SourceSpec(jsonl=str(path), held_out=str(held_out) if held_out else None)
+    return {"lines": DomainSpec(source=source, verifier="exact", **changes)}
+
+
+def facts(prompts: list[Prompt]) -> list[tuple[Any, ...]]:
+    return [
+        (p.id, p.domain, p.token_ids.tolist(), p.answer, p.max_response_tokens, dict(p.record))
+        for p in prompts
+    ]
+
+
+def shares(prompts: list[Prompt]) -> dict[str, int]:
+    return dict(Counter(prompt.domain for prompt in prompts))
+
+
+def test_shares_are_exact_and_interleaved(tokenizer: Tokenizer) -> None:
+    prompts = DomainMixer(run_config(three()), tokenizer).draw(20)
+    assert shares(prompts) == {"math": 7, "text": 7, "gcd": 6}
+    order = [prompt.domain for prompt in prompts]
+    assert all(len(set(order[i : i + 4])) == 3 for i in range(17)), order
+    assert [prompt.id for prompt in prompts if prompt.domain == "math"][:3] == ["math/0", "math/1", "math/2"]
+
+
+def test_shares_converge_for_any_size_of_draw(tokenizer: Tokenizer) -> None:
+    mixer = DomainMixer(run_config(three()), tokenizer)
+    drawn = Counter[str]()
+    for step in range(1, 61):
+        drawn.update(shares(mixer.draw(7)))
+        assert all(
+            abs(drawn[d] - 7 * step * s) < 1 for d, s in (("math", 0.35), ("text", 0.35), ("gcd", 0.3))
+        )
+    assert drawn == {"math": 147, "text": 147, "gcd": 126}
+    assert {domain: count["drawn"] for domain, count in mixer.counts().items()} == drawn
+
+
+def test_draws_do_not_depend_on_how_they_are_cut(tokenizer: Tokenizer) -> None:
+    cut, whole = DomainMixer(run_config(three()), tokenizer), DomainMixer(run_config(three()), tokenizer)
+    pieces = [prompt for size in (1, 5, 0, 13, 21) for prompt in cut.draw(size)]
+    assert facts(pieces) == facts(whole.draw(40))
+
+
+def test_a_resumed_mixer_goes_on_as_if_uninterrupted(tokenizer: Tokenizer) -> None:
+    config = run_config(three(wrong_answers=0.5), prompts=50)
+    whole = DomainMixer(config, tokenizer)
+    expected = [*whole.draw(33), *whole.draw(33)]
+    first = DomainMixer(config, tokenizer)
+    start = first.draw(33)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = DomainMixer(config, tokenizer)
+    second.load_state_dict(state)
+    assert facts([*start, *second.draw(33)]) == facts(expected)
+    assert second.counts() == whole.counts()
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_state_of_other_domains_is_refused(tokenizer: Tokenizer) -> None:
+    state = DomainMixer(run_config(three()), tokenizer).state_dict()
+    mixer = DomainMixer(run_config({"math": DomainSpec(source=SUM)}), tokenizer)
+    with pytest.raises(
+        ConfigError, match="domains: the checkpoint has gcd, math, text, the configuration math;"
+    ):
+        mixer.load_state_dict(state)
+
+
+def test_seeds_give_other_prompts_but_the_same_held_out_ones(tokenizer: Tokenizer) -> None:
+    zero, one = (DomainMixer(run_config(three(), seed=seed), tokenizer) for seed in (0, 1))
+    other = DomainMixer(run_config(three()), tokenizer)
+    assert facts(zero.draw(20)) == facts(other.draw(20))
+    assert facts(zero.draw(20)) != facts(one.draw(20))
+    assert facts(zero.held_out("math")) == facts(one.held_out("math"))
+    changed = dataclasses.replace(run_config(three()), evaluation=EvalSpec(seed=5))
+    assert facts(DomainMixer(changed, tokenizer).held_out("math")) != facts(zero.held_out("math"))
+
+
+def test_held_out_prompts_are_distinct_and_never_trained_on(tokenizer: Tokenizer) -> None:
+    small = SourceSpec(reasoning_gym="chain_sum", params={"min_terms": 2, "max_terms": 2, "max_digits": 1})
+    mixer = DomainMixer(run_config({"math": DomainSpec(source=small)}, prompts=100), tokenizer)
+    held_out = {tuple(prompt.token_ids) for prompt in mixer.held_out("math")}
+    trained = [tuple(prompt.token_ids) for prompt in mixer.draw(1000)]
+    assert len(mixer.held_out("math")) == len(held_out) == 100
+    assert not held_out & set(trained)
+    assert len(set(trained)) == 100  # the other half of the 10 x 10 x 2 sums
+    counts = mixer.counts()["math"]
+    assert counts["drawn"] == 1000
+    assert 850 < counts["held_out_skipped"] < 1150
+    assert mixer.held_out("math")[0].id.startswith("math/held_out/")
+
+
+def test_a_source_that_is_all_held_out_is_an_error(tokenizer: Tokenizer) -> None:
+    tiny = SourceSpec(reasoning_gym="count_bits", params={"min_n": 1, "max_n": 9})
+    mixer = DomainMixer(run_config({"bits": DomainSpec(source=tiny)}), tokenizer)
+    assert len(mixer.held_out("bits")) == 9
+    with pytest.raises(
+        ConfigError, match=r"domains\.bits: 1000 prompts in a row cannot be used .* 1000 held out"
+    ):
+        mixer.draw(1)
+
+
+def test_too_long_prompts_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", ["x" * length for length in range(1, 41)])
+    mixer = DomainMixer(run_config(lines(path, max_prompt_tokens=22)), tokenizer)
+    usable = len({tuple(prompt.token_ids) for prompt in mixer.draw(200)})
+    assert max(len(prompt.token_ids) for prompt in mixer.draw(200)) == 22  # 20 letters, user, assistant
+    held_out = {len(prompt.token_ids) - 2 for prompt in mixer.held_out("lines")}
+    assert usable == 20 - len(held_out)
+    counts = mixer.counts()["lines"]
+    assert counts["drawn"] == 400
+    assert counts["too_long"] > 300
+    short = DomainMixer(run_config(lines(path, max_prompt_tokens=2)), tokenizer)
+    with pytest.raises(
+        ConfigError, match=r"domains\.lines: 1000 prompts in a row .*1000 longer than max_prompt_tok"
+    ):
+        short.draw(1)
+    with pytest.raises(
+        ConfigError, match=r"domains\.lines\.source: no held-out prompt within max_prompt_tokens"
+    ):
+        short.held_out("lines")
+
+
+def test_a_held_out_file_is_never_trained_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(30)])
+    other = jsonl(tmp_path / "y.jsonl", [f"q{i}" for i in range(20, 40)] * 2)
+    mixer = DomainMixer(run_config(lines(path, other), prompts=5), tokenizer)
+    assert {tokenizer.decode(p.token_ids) for p in mixer.draw(60)} == {f"q{i}" for i in range(20)}
+    assert len({p.id for p in mixer.draw(60)}) == 60  # the index goes on over the epochs
+    assert len({tuple(p.token_ids) for p in mixer.held_out("lines")}) == 5
+    assert mixer.counts()["lines"]["held_out_skipped"] in range(50, 71)
+
+
+def test_one_line_that_is_held_out_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import hashlib
+
+    name = next(f"q{i}" for i in range(99) if int(hashlib.sha256(f"q{i}".encode()).hexdigest(), 16) % 10 == 0)
+    path = jsonl(tmp_path / "x.jsonl", [name])
+    with pytest.raises(
+        ConfigError, match=r"domains\.lines\.source: all 1 prompts of .* fall into the held-out tenth"
+    ):
+        DomainMixer(run_config(lines(path)), tokenizer)
+
+
+def test_wrong_answers_come_at_their_rate_and_keep_the_record(tokenizer: Tokenizer) -> None:
+    mixer = DomainMixer(run_config(three(wrong_answers=0.3)), tokenizer)
+    prompts = mixer.draw(3000)
+    for domain in ("math", "text", "gcd"):
+        mine = [prompt for prompt in prompts if prompt.domain == domain]
+        wrong = [prompt.answer != prompt.record["answer"] for prompt in mine]
+        assert 0.26 < sum(wrong) / len(mine) < 0.34
+    assert facts(DomainMixer(run_config(three(wrong_answers=0.3)), tokenizer).draw(3000)) == facts(prompts)
+    assert all(prompt.answer == prompt.record["answer"] for prompt in mixer.held_out("math"))
+
+
+def test_wrong_answers_are_for_sft_only(tokenizer: Tokenizer) -> None:
+    prompts = DomainMixer(run_config(three(wrong_answers=0.9), stage="rl"), tokenizer).draw(100)
+    assert all(prompt.answer == prompt.record["answer"] for prompt in prompts)
+
+
+def test_wrong_answers_need_two_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(9)])
+    mixer = DomainMixer(run_config(lines(path, wrong_answers=0.9)), tokenizer)
+    with pytest.raises(
+        ConfigError, match=r"domains\.lines\.wrong_answers: all answers are 'a', none is wrong"
+    ):
+        mixer.draw(20)
+
+
+def test_sft_needs_reference_answers(tokenizer: Tokenizer) -> None:
+    domain = {"logic": DomainSpec(source=SourceSpec(reasoning_gym="propositional_logic"))}
+    with pytest.raises(ConfigError, match=r"stage 'sft' needs reference answers and item 0 has none"):
+        DomainMixer(run_config(domain), tokenizer).draw(1)
+    assert DomainMixer(run_config(domain, stage="rl", prompts=5), tokenizer).draw(1)[0].answer == ""
+
+
+def test_a_system_prompt_goes_before_the_question(tokenizer: Tokenizer) -> None:
+    domain = {"math": DomainSpec(source=SUM, system_prompt="Be brief.")}
+    prompt = DomainMixer(run_config(domain), tokenizer).draw(1)[0]
+    text = tokenizer.decode(prompt.token_ids, keep_special=True)
+    assert text.startswith("<|system|>Be brief.<|user|>State the final answer")
