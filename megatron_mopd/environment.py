@@ -22,8 +22,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Megatron and torch say at import that there is no GPU and no GPU package. On a machine with GPUs, a missing
-    # Transformer Engine is an error of `start_world`'s.
+    # Megatron and torch say at import that there is no GPU and no GPU package. On a machine with GPUs, a
+    # missing Transformer Engine is an error of `start_world`'s.
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 

@@ -111,6 +111,7 @@ class Run:
             "lr": report.lr,
             **report.metrics,
             **rollout_metrics(rollouts, self.config.domain_names),
+            **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
             **self.timer.take(tokens={"rollout": generated, "total": sum(len(r.token_ids) for r in rollouts)}),
         }
         self.log.step(step, metrics)

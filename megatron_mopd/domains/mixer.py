@@ -176,7 +176,8 @@ class _Feed:
             raise ConfigError(
                 f"domains.{self._name}.source: stage 'sft' needs reference answers and item {index} has none"
             )
-        if unit_interval(self._seed, "wrong answer", self._name, index) >= self._wrong_share:
+        share = self._wrong_share
+        if share == 0 or unit_interval(self._seed, "wrong answer", self._name, index) >= share:
             return item.answer
         for offset in range(1, PATIENCE + 1):
             other = self._training.item(index + offset).answer

@@ -146,7 +146,7 @@ def export_hf(
         specs = [TensorSpec(name=t.name, shape=t.shape, dtype=stored_as) for t in model_tensors(arch)]
         try:
             write_model(out, specs, stream, max_shard_bytes)
-            _copy_side_files(source, out, stored_as)
+            copy_side_files(source, out, stored_as)
         except OSError as failure:
             reason = failure.strerror or failure
             error = f"{out}: cannot write the model: {reason}; make room or choose another folder"
@@ -159,7 +159,7 @@ def export_hf(
         raise ConfigError(error)
 
 
-def _copy_side_files(source: Path, out: Path, dtype: torch.dtype) -> None:
+def copy_side_files(source: Path, out: Path, dtype: torch.dtype) -> None:
     if source.resolve() != out.resolve():
         for name in _SIDE_FILES:
             if (source / name).exists():

@@ -48,7 +48,7 @@ class Trainee:
         self.ddp, self.optimizer = wrap(self.model, OptimSpec(lr=1e-2, weight_decay=0.1))
 
     def update(self, step: int) -> None:
-        """The gradient's scale does not matter, only that every weight gets its own and other ranks others."""
+        """Any gradient will do, as long as every weight gets its own and other data ranks others."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         batch = random_batch(seed=100 * step + self.world.data.rank)

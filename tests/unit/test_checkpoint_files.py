@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: completeness, `latest`, retention. The contents here are stand-ins of a few bytes."""
+"""The folder of a checkpoint: completeness, `latest`, retention. Its contents here are a few zeros."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_the_newest_are_kept(keep_last: int, kept: list[int], tmp_path: Path) ->
 
 
 def test_a_step_can_be_written_again(tmp_path: Path) -> None:
-    """After going back to an earlier step; later ones stay until they are reached, `latest` is what counts."""
+    """After going back: later ones stay until they are reached again, `latest` is what counts."""
     for step in (1, 2, 3, 2):
         folder = write(tmp_path, step)
     assert find_latest(tmp_path) == folder
-    assert names(tmp_path) == ["latest", "step_00000001", "step_00000002", "step_00000003"]
+    assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
 
 
 def test_without_checkpoints_there_is_no_latest(tmp_path: Path) -> None:
