@@ -51,7 +51,7 @@ logged() {
     command=$!
     while kill -0 "$command" 2>/dev/null; do
         sleep 1
-        (((SECONDS - started) % 20)) || echo "  ... $((SECONDS - started)) s, $(grep -cE '^ *(Downloading|Using cached)' "$log" || true) packages fetched"
+        (((SECONDS - started) % 20)) || echo "  ... $((SECONDS - started)) s; $(grep -cE '^ *(Downloading|Using cached)' "$log" || true) packages so far"
     done
     wait "$command" || {
         echo "setup: failed; the end of $log:" >&2

@@ -21,9 +21,14 @@ from megatron_mopd.student.architecture import Architecture, read_architecture
 from megatron_mopd.student.hf_files import TensorReader, read_headers
 from megatron_mopd.student.weight_table import model_tensors
 
+FULL_SCORE = 1.0 - 1e-6
+
 
 def evaluate(config: RunConfig, mixer: DomainMixer, collector: Collector) -> dict[str, float]:
-    """domain -> mean reward over `evaluation.prompts` held-out prompts x `evaluation.samples`. Collective."""
+    """domain -> share of right answers to `evaluation.prompts` held-out prompts x `evaluation.samples`. Collective.
+
+    Right means the verifier's full score: partial credit, which some tasks give, is for RL only.
+    """
     spec = config.evaluation
     accuracy = {}
     for name in config.domain_names:
@@ -33,7 +38,7 @@ def evaluate(config: RunConfig, mixer: DomainMixer, collector: Collector) -> dic
             samples=spec.samples,
             sampling=Sampling(temperature=spec.temperature),
         )
-        accuracy[name] = float(np.mean([rollout.reward for rollout in rollouts]))
+        accuracy[name] = float(np.mean([rollout.reward >= FULL_SCORE for rollout in rollouts]))
     return accuracy
 
 

@@ -88,7 +88,7 @@ def build_config(vocab_size: int) -> dict[str, object]:
         "rms_norm_eps": 1e-06,
         "rope_theta": 10000.0,
         "max_position_embeddings": 256,
-        "initializer_range": 0.02,
+        "initializer_range": 0.08,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_sliding_window": False,

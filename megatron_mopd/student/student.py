@@ -90,9 +90,10 @@ class Student:
         if not table.any():
             return
         names = self._config.domain_names
-        ranks = [rank for rank, row in enumerate(table.tolist()) if any(row)]
         domains = [name for name, bad in zip(names, table[:, :-1].any(0).tolist(), strict=True) if bad]
-        what = "gradient" if not domains else "loss"
+        # A bad loss makes every rank's gradient bad: the ranks to name are those where it came from.
+        what, culprits = ("loss", table[:, :-1].any(1)) if domains else ("gradient", table[:, -1])
+        ranks = culprits.nonzero()[:, 0].tolist()
         raise NonFiniteError(
             f"non-finite {what} at step {step} on rank {', '.join(map(str, ranks))}, "
             f"domain {', '.join(domains or names)}: stopped before the optimizer step; weights are those of step {step}. "
