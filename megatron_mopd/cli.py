@@ -214,12 +214,12 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    config = _checked(arguments.config, overrides)
-    resolve_folder(arguments.checkpoint, "--checkpoint")
-    out = Path(arguments.hf)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--hf {out}: exists and is not an empty folder; name a new one")
-    return _launch(config, _export_rank, arguments.checkpoint, out).exit_code
+    config = load_config(arguments.config, overrides)
+    from megatron_mopd.export import export
+
+    export(config, arguments.checkpoint, Path(arguments.hf))
+    print(arguments.hf)
+    return 0
 
 
 def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -241,15 +241,9 @@ def _train_rank(config: RunConfig) -> None:
 
 
 def _evaluate_rank(config: RunConfig, checkpoint: str) -> dict[str, float]:
-    from megatron_mopd.evaluate import evaluate_checkpoint
+    from megatron_mopd.evaluate import evaluate_checkpoints
 
-    return evaluate_checkpoint(config, checkpoint)
-
-
-def _export_rank(config: RunConfig, checkpoint: str, out: Path) -> None:
-    from megatron_mopd.train import export
-
-    export(config, checkpoint, out)
+    return evaluate_checkpoints(config, {"--checkpoint": checkpoint})["--checkpoint"]
 
 
 if __name__ == "__main__":

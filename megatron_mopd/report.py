@@ -152,11 +152,11 @@ def plot_demo(
     right.plot([], [], color="grey", linestyle="--", label="teacher")
     right.plot([], [], color="grey", linestyle=":", label="student before")
     right.set(title="Accuracy on held-out prompts", xlabel="MOPD step", ylabel="accuracy", ylim=(-0.02, 1.02))
-    for axes in (left, right):
+    for axes, place in ((left, "upper right"), (right, "lower right")):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=9)
+            axes.legend(frameon=False, fontsize=9, loc=place)
     figure.savefig(path, dpi=130)
 
 

@@ -83,6 +83,7 @@ def save(
     partial = checkpoint_files.unfinished(folder)
     contents = json.loads(json.dumps(dict(state)))
     tensors = sharded_tensors(model, optimizer, loading=False)
+    _together(world, lambda: check_gathered_weights(optimizer, tensors["optimizer"]))
     needed = bytes_needed(tensors, world)
     # Of Megatron's param groups only the number of updates is a result of training, and the groups themselves
     # depend on the layout: experts get their own only with expert parallelism.
@@ -96,7 +97,6 @@ def save(
         keep_last=keep_last,
     )
     try:
-        _together(world, lambda: check_gathered_weights(optimizer, tensors["optimizer"]))
         _together(world, lambda: checkpoint_files.start(folder, needed) if world.is_main else None)
         _together(
             world, lambda: dist_checkpointing.save(sharded, str(partial / "state"), _SaveInProcess(world))

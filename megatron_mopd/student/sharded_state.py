@@ -18,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mopd.parallel.runtime import World
+from megatron_mopd.student.checkpoint_files import CheckpointError
 
 FORMAT = "fully_reshardable"
 """Megatron's optimizer format in which each state has the shape and the place of its parameter."""
@@ -55,15 +56,16 @@ def load_optimizer(optimizer: MegatronOptimizer, states: dict[int, Any], updates
 
 
 def check_gathered_weights(optimizer: MegatronOptimizer, states: dict[int, Any]) -> None:
-    """Raise RuntimeError when the gathered fp32 weights are not the model's: their places are mixed up."""
+    """Raise CheckpointError when the gathered fp32 weights are not the model's: their places are mixed up."""
     for index, state in states.items():
         buffers = optimizer_parts(optimizer)[index].buffers
         parameters = [parameter for buffer in buffers for parameter in buffer.param_index_map]
         for position, parameter in enumerate(parameters):
             gathered = state[position]["param"].data
             if not torch.equal(gathered.to(parameter.dtype), parameter.detach().cpu()):
-                raise RuntimeError(
-                    f"{state[position]['param'].key}: the optimizer's fp32 weights differ from the model's"
+                raise CheckpointError(
+                    f"cannot save: Megatron's {state[position]['param'].key} differs from the model; "
+                    "run with the megatron-core version that this program is tested with"
                 )
 
 
