@@ -62,17 +62,13 @@ def linear_divergence(
     if shard is None:
         if student_weight.shape[:1] != teacher_weight.shape[:1]:
             shapes = f"{tuple(student_weight.shape)} and {tuple(teacher_weight.shape)}"
-            raise ValueError(
-                f"student and teacher weight have shapes {shapes}: pass a shard if some rows are padding"
-            )
+            raise ValueError(f"student and teacher weight have shapes {shapes}: pass a shard if some rows are padding")
         shard = VocabShard.whole(student_weight.shape[0])
     check_layer("student_", student_hidden, student_weight, shard)
     check_layer("teacher_", teacher_hidden, teacher_weight, shard)
     if student_hidden.shape[0] != teacher_hidden.shape[0] or student_hidden.device != teacher_hidden.device:
         student, teacher = (f"{len(h)} rows on {h.device}" for h in (student_hidden, teacher_hidden))
-        raise ValueError(
-            f"student_hidden has {student}, teacher_hidden {teacher}: they must describe the same tokens"
-        )
+        raise ValueError(f"student_hidden has {student}, teacher_hidden {teacher}: they must describe the same tokens")
     plan = make_plan(shard, chunk_tokens, student_hidden, student_weight)
     divergence, entropy = _reverse_kl(
         student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), plan

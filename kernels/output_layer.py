@@ -34,9 +34,7 @@ def check_layer(name: str, hidden: Tensor, weight: Tensor, shard: VocabShard) ->
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"{shapes}: expected [T, H] and [rows, H]")
     if hidden.dtype != weight.dtype or hidden.dtype not in FLOATS:
-        raise ValueError(
-            f"{name}hidden is {hidden.dtype}, {name}weight {weight.dtype}: expected one floating dtype"
-        )
+        raise ValueError(f"{name}hidden is {hidden.dtype}, {name}weight {weight.dtype}: expected one floating dtype")
     if hidden.device != weight.device:
         raise ValueError(f"{name}hidden is on {hidden.device}, {name}weight on {weight.device}")
     surplus = weight.shape[0] - shard.rows
@@ -63,9 +61,7 @@ def make_plan(shard: VocabShard, chunk_tokens: int | None, hidden: Tensor, weigh
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     chunks = tuple(slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
     few = len(chunks) == 1 and tokens * shard.rows <= KEPT_ELEMENTS
-    return Plan(
-        shard, chunks, few and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    )
+    return Plan(shard, chunks, few and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
 
 
 class OutputLayer:

@@ -26,9 +26,7 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.vocab_size or self.vocab_size == 0:
-            raise ValueError(
-                f"rows [{self.start}, {self.stop}) are not a part of a vocabulary of {self.vocab_size}"
-            )
+            raise ValueError(f"rows [{self.start}, {self.stop}) are not a part of a vocabulary of {self.vocab_size}")
         if self.ranks == 1 and self.rows != self.vocab_size:
             raise ValueError(
                 f"rows [{self.start}, {self.stop}) of {self.vocab_size} and no other rank: "
@@ -43,9 +41,7 @@ class VocabShard:
         """
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if rows_per_rank * ranks < vocab_size:
-            raise ValueError(
-                f"{ranks} rank(s) of {rows_per_rank} rows cannot hold a vocabulary of {vocab_size}"
-            )
+            raise ValueError(f"{ranks} rank(s) of {rows_per_rank} rows cannot hold a vocabulary of {vocab_size}")
         start = min(rank * rows_per_rank, vocab_size)
         return cls(start, min(start + rows_per_rank, vocab_size), vocab_size, group)
 

@@ -126,9 +126,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     run = _command(commands, "run CONFIG", _run, "train: one stage, one YAML file", RUN, RUN_EPILOG)
-    evaluate = _command(
-        commands, "eval CONFIG --checkpoint DIR", _evaluate, "accuracy per domain", EVAL, EVAL_EPILOG
-    )
+    evaluate = _command(commands, "eval CONFIG --checkpoint DIR", _evaluate, "accuracy per domain", EVAL, EVAL_EPILOG)
     export = _command(
         commands,
         "export CONFIG --checkpoint DIR --hf OUT",
@@ -141,12 +139,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for command in (run, evaluate, export):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
-        command.add_argument(
-            "--checkpoint", metavar="DIR", required=True, help="of this program, or Hugging Face"
-        )
-    export.add_argument(
-        "--hf", metavar="OUT", required=True, help="folder to write; must not exist or be empty"
-    )
+        command.add_argument("--checkpoint", metavar="DIR", required=True, help="of this program, or Hugging Face")
+    export.add_argument("--hf", metavar="OUT", required=True, help="folder to write; must not exist or be empty")
     demo.add_argument("--config-dir", metavar="DIR", default="configs/tiny", help="default: %(default)s")
     demo.add_argument("--run-dir", metavar="DIR", default="runs/demo", help="default: %(default)s")
     # key=value may stand anywhere, also after options, where argparse would not take a list of positionals.

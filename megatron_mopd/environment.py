@@ -51,9 +51,7 @@ def joined_world() -> tuple[int, int] | None:
         return None
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
-        raise ConfigError(
-            f"the environment has RANK but no {' and no '.join(missing)}; set it, or unset RANK"
-        )
+        raise ConfigError(f"the environment has RANK but no {' and no '.join(missing)}; set it, or unset RANK")
     return int(env["RANK"]), int(env["WORLD_SIZE"])
 
 

@@ -42,14 +42,10 @@ def resolve_folder(name: str, key: str) -> Path:
 
 def _local_folder(path: Path, key: str) -> Path:
     if path.resolve().name.endswith(".tmp"):
-        raise ConfigError(
-            f"{key}: checkpoint {path} is incomplete (.tmp: its writing was cut off); use an earlier one"
-        )
+        raise ConfigError(f"{key}: checkpoint {path} is incomplete (.tmp: its writing was cut off); use an earlier one")
     if (path / MANIFEST).is_file():
         if not (path / MODEL_FOLDER / "config.json").is_file():
-            raise ConfigError(
-                f"{key}: checkpoint {path} is incomplete: {MODEL_FOLDER}/config.json is missing"
-            )
+            raise ConfigError(f"{key}: checkpoint {path} is incomplete: {MODEL_FOLDER}/config.json is missing")
         return path / MODEL_FOLDER
     if (path / "config.json").is_file():
         _refuse_pickle(path, key)
@@ -57,9 +53,7 @@ def _local_folder(path: Path, key: str) -> Path:
     if (path / MODEL_FOLDER).is_dir():
         raise ConfigError(f"{key}: checkpoint {path} is incomplete: it has no {MANIFEST}; use an earlier one")
     if (path / "checkpoints").is_dir():
-        raise ConfigError(
-            f"{key}: {path} is a run folder; name one of its checkpoints: {path / 'checkpoints/latest'}"
-        )
+        raise ConfigError(f"{key}: {path} is a run folder; name one of its checkpoints: {path / 'checkpoints/latest'}")
     raise ConfigError(f"{key}: folder {path} has no config.json; name a folder with a Hugging Face model")
 
 
@@ -77,17 +71,12 @@ def _hub_folder(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    remedy = (
-        f"download it where there is a network: hf download {name} --local-dir models/{name.split('/')[-1]}"
-    )
+    remedy = f"download it where there is a network: hf download {name} --local-dir models/{name.split('/')[-1]}"
     try:
-        folder = Path(
-            snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=list(NEVER_FETCHED))
-        )
+        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=list(NEVER_FETCHED)))
     except LocalEntryNotFoundError:
         raise ConfigError(
-            f"{key}: '{name}' is no folder here and not in the Hub's cache, and the Hub cannot be reached;"
-            f" {remedy}"
+            f"{key}: '{name}' is no folder here and not in the Hub's cache, and the Hub cannot be reached; {remedy}"
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"

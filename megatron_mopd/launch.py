@@ -140,9 +140,7 @@ class _Rank:
     @property
     def failed(self) -> bool:
         code = self.process.exitcode
-        return (
-            bool(self.message and self.message.error) or (code is not None and code > 0) or bool(self.died_of)
-        )
+        return bool(self.message and self.message.error) or (code is not None and code > 0) or bool(self.died_of)
 
 
 class _Ranks:

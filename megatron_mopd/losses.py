@@ -41,9 +41,9 @@ def grpo(
     clip_low: float,
     clip_high: float,
 ) -> Loss:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), r = p / mu (GRPO, arXiv 2402.03300 Eq. 3; clip-higher: DAPO, 2503.14476).
+    """-min(r A, clip(r, 1 - low, 1 + high) A), r = p / mu (GRPO, arXiv 2402.03300 Eq. 3).
 
-    There is no KL term, as in DAPO and the MOPD paper's teachers.
+    Clip-higher (high > low) is DAPO's, arXiv 2503.14476; as there, and for the MOPD paper's teachers, no KL term.
     """
     ratio = torch.exp(student_logprobs - rollout_logprobs)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -86,6 +86,4 @@ def sampled(
 
 def full_vocab(divergence: Tensor, weights: Tensor) -> Loss:
     """sum_v p(v) log(p(v) / q(v)): MOPD Eq. 1 without sampling the token, as in DeepSeek-V4 (arXiv 2606.19348)."""
-    return Loss(
-        (weights * divergence).sum(), {"loss": divergence.detach(), "reverse_kl": divergence.detach()}
-    )
+    return Loss((weights * divergence).sum(), {"loss": divergence.detach(), "reverse_kl": divergence.detach()})

@@ -25,8 +25,7 @@ def check_log(log: LogSpec) -> None:
     """Raise ConfigError when W&B is asked for and not installed. Imports nothing heavy."""
     if log.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            "log.wandb: the package wandb is not installed; "
-            "pip install 'megatron-mopd[wandb]' or set log.wandb=null"
+            "log.wandb: the package wandb is not installed; pip install 'megatron-mopd[wandb]' or set log.wandb=null"
         )
 
 
@@ -104,11 +103,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        key: value
-        for key, value in record.items()
-        if key not in ("step", "kind", "time") and value is not None
-    }
+    return {key: value for key, value in record.items() if key not in ("step", "kind", "time") and value is not None}
 
 
 def _drop_repeated(path: Path, resume_step: int) -> None:
@@ -158,9 +153,7 @@ class _WandB:
         if not remembered.exists():
             remembered.write_text(secrets.token_hex(4), encoding="utf-8")
         identity = remembered.read_text(encoding="utf-8")
-        self._run = wandb.init(
-            project=project, name=run_dir.name, dir=str(run_dir), id=identity, resume="allow"
-        )
+        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), id=identity, resume="allow")
 
     def write(self, step: int, values: Mapping[str, float], kind: Kind) -> None:
         prefix = "eval/" if kind == "eval" else ""

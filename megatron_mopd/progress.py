@@ -27,9 +27,7 @@ class Progress:
         progress.update(1, {"loss": 0.16, "reverse_kl/math": 0.2})
     """
 
-    def __init__(
-        self, title: str, total: int, rank: int, *, start: int = 0, console: Console | None = None
-    ) -> None:
+    def __init__(self, title: str, total: int, rank: int, *, start: int = 0, console: Console | None = None) -> None:
         self._title, self._total, self._start = title, total, start
         self._shown = rank == 0
         self._console = console or Console(file=sys.stdout)
@@ -93,9 +91,7 @@ class Progress:
 
 def _per_domain(metrics: Mapping[str, float]) -> str:
     for metric, short in _PER_DOMAIN.items():
-        values = {
-            key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{metric}/")
-        }
+        values = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{metric}/")}
         if any(values.values()):  # all zero: this stage does not measure it
             return f"{short} " + " ".join(f"{domain} {value:.3f}" for domain, value in values.items())
     return ""

@@ -170,5 +170,3 @@ class Run:
             self._sampler.load_weights(self.student.hf_weights(), version=self.student.num_updates)
         accuracy = evaluate(self.config, self.mixer, self._evaluator)
         self.log.step(steps_done, {f"accuracy/{name}": value for name, value in accuracy.items()}, kind="eval")
-
-

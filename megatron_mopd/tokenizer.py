@@ -44,9 +44,7 @@ class TokenizerFingerprint:
 class Tokenizer:
     """The tokenizer of one model folder. Build it with `Tokenizer.load`."""
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], template: str | None, origin: Path
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], template: str | None, origin: Path):
         self._backend = backend
         self._origin = origin
         self._special = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}

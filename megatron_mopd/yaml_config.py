@@ -13,11 +13,9 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-
-T = TypeVar("T")
 
 REST = {"rest": True}
 """Metadata of a `dict[str, Any]` field that takes all keys which no other field of its class takes."""
@@ -98,7 +96,7 @@ def _copy(tree: Any) -> Any:
     return list(tree) if isinstance(tree, list) else tree
 
 
-def build(cls: type[T], tree: Mapping[str, Any], path: str = "") -> T:
+def build[T](cls: type[T], tree: Mapping[str, Any], path: str = "") -> T:
     """Build the dataclass `cls` from a mapping; unknown, missing and mistyped keys are errors."""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]

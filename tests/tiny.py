@@ -52,7 +52,9 @@ DENSE = {
 }
 
 
-def write_model(folder: Path, config: Mapping[str, object] = MOE, *, seed: int = 0, scale: float = 0.15) -> Architecture:
+def write_model(
+    folder: Path, config: Mapping[str, object] = MOE, *, seed: int = 0, scale: float = 0.15
+) -> Architecture:
     """A Hugging Face folder with random weights (no tokenizer)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -103,9 +105,7 @@ def rollouts(domains: Sequence[str], *, vocab_size: int = 101, seed: int = 0) ->
     for index, domain in enumerate(domains):
         prompt_ids = rng.integers(0, vocab_size, rng.integers(2, 9))
         response = rng.integers(0, vocab_size, rng.integers(1, 13))
-        prompt = Prompt(
-            id=f"{domain}/{index}", domain=domain, token_ids=prompt_ids, answer="", max_response_tokens=16
-        )
+        prompt = Prompt(id=f"{domain}/{index}", domain=domain, token_ids=prompt_ids, answer="", max_response_tokens=16)
         mask = np.arange(len(prompt_ids) + len(response)) >= len(prompt_ids)
         result.append(
             Rollout(

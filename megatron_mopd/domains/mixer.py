@@ -81,9 +81,7 @@ class DomainMixer:
     def counts(self) -> dict[str, dict[str, int]]:
         """Since the run began, by domain: prompts drawn, and candidates left out and why."""
         names = ("drawn", "too_long", "held_out_skipped")
-        return {
-            domain: {name: getattr(state, name) for name in names} for domain, state in self._states.items()
-        }
+        return {domain: {name: getattr(state, name) for name in names} for domain, state in self._states.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that survive JSON."""
@@ -139,8 +137,7 @@ class _Feed:
 
     def held_out(self) -> list[Prompt]:
         prompts = (
-            self._prompt(item, f"{self._name}/held_out/{index}", item.answer)
-            for index, item in self._find_held_out()
+            self._prompt(item, f"{self._name}/held_out/{index}", item.answer) for index, item in self._find_held_out()
         )
         return [prompt for prompt in prompts if prompt is not None]
 

@@ -109,16 +109,12 @@ def build_task(task: str, params: Mapping[str, Any], seed: int, size: int, key: 
 
     if task not in DATASETS:
         close = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)
-        hint = (
-            f"did you mean {' or '.join(close)}?" if close else "reasoning-gym lists its tasks in its GALLERY"
-        )
+        hint = f"did you mean {' or '.join(close)}?" if close else "reasoning-gym lists its tasks in its GALLERY"
         raise ConfigError(f"{key}.reasoning_gym: no task '{task}'; {hint}")
     known = [field.name for field in dataclasses.fields(DATASETS[task][1])]
     for name in params:
         if name in ("seed", "size"):
-            raise ConfigError(
-                f"{key}.{name}: is set by this program; remove it (the run's own key is `seed`)"
-            )
+            raise ConfigError(f"{key}.{name}: is set by this program; remove it (the run's own key is `seed`)")
         if name not in known:
             names = ", ".join(other for other in known if other not in ("seed", "size"))
             close = difflib.get_close_matches(name, known, n=1)
@@ -127,9 +123,7 @@ def build_task(task: str, params: Mapping[str, Any], seed: int, size: int, key: 
     try:
         return reasoning_gym.create_dataset(task, seed=seed, size=size, **params)
     except _TASK_ERRORS as error:
-        raise ConfigError(
-            f"{key}: reasoning-gym task '{task}' refuses its parameters: {_words(error)}"
-        ) from error
+        raise ConfigError(f"{key}: reasoning-gym task '{task}' refuses its parameters: {_words(error)}") from error
 
 
 class JsonlSource:
@@ -175,9 +169,7 @@ def read_jsonl(path: Path, domain: str, *, needs_answer: bool) -> list[Item]:
     if not lines:
         raise ConfigError(f"domains.{domain}.source: {path} is empty")
     if not items:
-        raise ConfigError(
-            f"domains.{domain}.source: none of the {lines} lines of {path} is of domain '{domain}'"
-        )
+        raise ConfigError(f"domains.{domain}.source: none of the {lines} lines of {path} is of domain '{domain}'")
     return items
 
 
@@ -195,9 +187,7 @@ def _parse_line(raw: bytes, where: str, domain: str, needs_answer: bool) -> Item
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: not a line of JSON: {error}") from None
     if not isinstance(line, dict):
-        raise ConfigError(
-            f'{where}: expected {{"prompt" or "messages", "answer"}}, got {type(line).__name__}'
-        )
+        raise ConfigError(f'{where}: expected {{"prompt" or "messages", "answer"}}, got {type(line).__name__}')
     if line.get("domain", domain) != domain:
         return None
     answer = line.get("answer")

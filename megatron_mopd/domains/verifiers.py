@@ -90,9 +90,7 @@ def verify(rollouts: Sequence[Rollout], config: RunConfig, tokenizer: Tokenizer)
     Must run in a process's main thread: its time limits use signals (SIGVTALRM; math-verify's, SIGALRM).
     """
     return [
-        dataclasses.replace(
-            rollout, reward=score(tokenizer.decode(rollout.response_ids), rollout, config.domains)
-        )
+        dataclasses.replace(rollout, reward=score(tokenizer.decode(rollout.response_ids), rollout, config.domains))
         for rollout in rollouts
     ]
 
@@ -184,9 +182,7 @@ def _parse_truth(truth: str) -> tuple[Any, ...]:
     text = truth if "\\boxed" in truth else f"\\boxed{{{truth.strip().strip('$')}}}"
     parsed = parse(text, parsing_timeout=_NO_ALARM)
     if not parsed:
-        raise ConfigError(
-            f"reference answer {truth!r}: math-verify cannot read it; use verifier exact, or correct it"
-        )
+        raise ConfigError(f"reference answer {truth!r}: math-verify cannot read it; use verifier exact, or correct it")
     return tuple(parsed)
 
 

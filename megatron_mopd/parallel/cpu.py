@@ -91,7 +91,7 @@ def _stand_in_for_torch_cuda() -> None:
         setattr(torch.cuda, name, _StandIn(function))
     torch.cuda.Stream = _Stream  # type: ignore[misc, assignment]
     torch.cuda.Event = _Stream  # type: ignore[misc, assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 class _TorchOnCpu(types.ModuleType):

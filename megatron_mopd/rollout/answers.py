@@ -32,9 +32,7 @@ class ReferenceAnswers:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Nothing to load; the stream is not read."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """One rollout per prompt: its answer and the end token, log-probabilities 0, policy version 0.
 
         An answer that does not fit `max_response_tokens` with its end token is cut (finish_reason `length`).

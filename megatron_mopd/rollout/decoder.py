@@ -36,9 +36,7 @@ class KVCache:
     padding, `positions` [B] the position of each row's next token.
     """
 
-    def __init__(
-        self, arch: Architecture, positions: Tensor, *, slots: int, capacity: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, arch: Architecture, positions: Tensor, *, slots: int, capacity: int, dtype: torch.dtype) -> None:
         """`positions` [B] int64: the length of each row's prompt; the longest takes all `slots`."""
         shape = (len(positions), arch.num_kv_heads, capacity, arch.head_dim)
         # Zeros, not empty: padding is multiplied by an attention weight of 0, which a NaN would survive.
@@ -103,13 +101,9 @@ class Decoder:
         self._inverse_frequency = (1.0 / arch.rope_theta**pairs).to(device)
         self._expert_ids = torch.arange(arch.num_experts, device=device)
         # grouped_mm takes rows that are multiples of 16 bytes.
-        self._can_group = all(
-            size * dtype.itemsize % 16 == 0 for size in (arch.hidden_size, arch.expert_ffn_size)
-        )
+        self._can_group = all(size * dtype.itemsize % 16 == 0 for size in (arch.hidden_size, arch.expert_ffn_size))
 
-    def prefill(
-        self, prompts: Sequence[IntArray], copies: Sequence[int], *, capacity: int
-    ) -> tuple[Tensor, KVCache]:
+    def prefill(self, prompts: Sequence[IntArray], copies: Sequence[int], *, capacity: int) -> tuple[Tensor, KVCache]:
         """Run U prompts once each and give `copies[u]` consecutive rows to prompt u.
 
         Returns the logits [B, V] fp32 of each row's next token and the cache, with room for `capacity` more
@@ -174,9 +168,7 @@ class Decoder:
             keys[:, :, slot], values[:, :, slot] = key, value
             # Row-major [B * G] matrices: the query heads of a group share its keys and values.
             query = query.reshape(rows * groups, -1, size)
-            scores = torch.baddbmm(
-                bias, query, keys.flatten(0, 1)[:, :used].transpose(1, 2), alpha=size**-0.5
-            )
+            scores = torch.baddbmm(bias, query, keys.flatten(0, 1)[:, :used].transpose(1, 2), alpha=size**-0.5)
             attended = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)[:, :used])
             x = x + F.linear(attended.view(rows, -1), layer.output)
             x = x + self._mlp(layer, x)
@@ -194,9 +186,7 @@ class Decoder:
             torch.cat((-sin, sin), dim=-1).unsqueeze(1).to(self.dtype),
         )
 
-    def _project(
-        self, layer: LayerWeights, x: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, layer: LayerWeights, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] -> queries [T, Q, D], keys [T, G, D] (both normalised and rotated), values [T, G, D]."""
         heads, groups, size = self.arch.num_heads, self.arch.num_kv_heads, self.arch.head_dim
         qkv = F.linear(self._norm(x, layer.input_norm), layer.qkv).view(-1, heads + 2 * groups, size)
@@ -210,9 +200,7 @@ class Decoder:
         if layer.router is None:
             return _swiglu(F.linear(x, layer.gate_up[0])) @ layer.down[0]
         # As transformers: softmax over all experts in fp32, then the top k, then (optionally) renormalised.
-        weights, experts = (
-            F.linear(x, layer.router).softmax(-1, dtype=torch.float32).topk(self.arch.experts_per_token)
-        )
+        weights, experts = F.linear(x, layer.router).softmax(-1, dtype=torch.float32).topk(self.arch.experts_per_token)
         if self.arch.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if x.shape[0] * self.arch.num_experts <= _DENSE_MOE_WORK or not self._can_group:

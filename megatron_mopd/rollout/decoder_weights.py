@@ -107,9 +107,7 @@ class DecoderWeights:
     def _name_layer_slots(self, layer: LayerWeights) -> Iterator[tuple[str, _Slot]]:
         arch = self._arch
         heads, size, ffn = arch.num_heads, arch.head_dim, layer.down.shape[1]
-        query, key, value = layer.qkv.split(
-            [heads * size, arch.num_kv_heads * size, arch.num_kv_heads * size]
-        )
+        query, key, value = layer.qkv.split([heads * size, arch.num_kv_heads * size, arch.num_kv_heads * size])
         yield "input_layernorm", _whole(layer.input_norm)
         yield "self_attn.q_proj", _whole(query)
         yield "self_attn.k_proj", _whole(key)

@@ -34,9 +34,7 @@ class Sampling:
 class RolloutEngine(Protocol):
     """Continues prompts with the current weights of the student."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """Return `len(prompts) * samples` rollouts: all samples of the first prompt, then of the second, ...
 
         A response ends with the first stop token, which belongs to it (`loss_mask` True, finish_reason

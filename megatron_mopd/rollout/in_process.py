@@ -64,9 +64,7 @@ class InProcessEngine:
         self._decoder.weights.load(weights)
         self._version = version
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
         if self._version is None:
             raise ValueError("the rollout engine has no weights; call load_weights first")
@@ -102,9 +100,7 @@ class InProcessEngine:
             )
         low, high = int(prompt.token_ids.min()), int(prompt.token_ids.max())
         if low < 0 or high >= arch.vocab_size:
-            raise ValueError(
-                f"prompt {prompt.id}: token ids {low}..{high} leave the vocabulary of {arch.vocab_size}"
-            )
+            raise ValueError(f"prompt {prompt.id}: token ids {low}..{high} leave the vocabulary of {arch.vocab_size}")
 
     def _decode(self, jobs: Sequence[_Job], sampling: Sampling, seed: int) -> Iterator[Rollout]:
         """Decode one batch; yields a rollout per job, in order."""

@@ -98,9 +98,7 @@ def save(
     )
     try:
         _together(world, lambda: checkpoint_files.start(folder, needed) if world.is_main else None)
-        _together(
-            world, lambda: dist_checkpointing.save(sharded, str(partial / "state"), _SaveInProcess(world))
-        )
+        _together(world, lambda: dist_checkpointing.save(sharded, str(partial / "state"), _SaveInProcess(world)))
         _together(world, lambda: write_model(partial / "model"))
         _together(world, lambda: publish(versions=_versions()) if world.is_main else None)
     except CheckpointError as error:
@@ -142,9 +140,7 @@ def _read_state(request: dict[str, Any], path: Path) -> dict[str, Any]:
         return dist_checkpointing.load(request, str(path / "state"))
     except (KeyError, ValueError, CheckpointingException, TorchCheckpointException) as error:
         reason = _one_line(error)
-        raise CheckpointError(
-            f"{path}: does not fit the model ({reason}); resume the run that wrote it"
-        ) from error
+        raise CheckpointError(f"{path}: does not fit the model ({reason}); resume the run that wrote it") from error
 
 
 def _together[R](world: World, action: Callable[[], R]) -> R:
@@ -172,9 +168,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _layout(world: World) -> Layout:
-    return Layout(
-        ranks=world.size, tensor=world.tensor.size, pipeline=world.pipeline.size, expert=world.expert.size
-    )
+    return Layout(ranks=world.size, tensor=world.tensor.size, pipeline=world.pipeline.size, expert=world.expert.size)
 
 
 def _versions() -> dict[str, str]:
@@ -205,6 +199,4 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
         # Megatron writes this again right after, on the first rank and before a barrier in which the others
         # would wait for ever if there were no room for it. Once it exists there is.
         config = CheckpointingConfig(self.backend, self.version)
-        _together(
-            self._world, lambda: save_config(config, str(checkpoint_dir)) if self._world.is_main else None
-        )
+        _together(self._world, lambda: save_config(config, str(checkpoint_dir)) if self._world.is_main else None)

@@ -154,9 +154,7 @@ def _step_folders(run_dir: Path) -> list[Path]:
     folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         return []
-    found = [
-        child for child in folder.iterdir() if re.fullmatch(r"step_\d{8,}", child.name) and child.is_dir()
-    ]
+    found = [child for child in folder.iterdir() if re.fullmatch(r"step_\d{8,}", child.name) and child.is_dir()]
     return sorted(found, key=_step, reverse=True)
 
 
@@ -218,9 +216,7 @@ def publish(
     for path in [partial, *partial.rglob("*")]:
         _fsync(path)
     latest = folder.parent / LATEST
-    unfinished(latest).symlink_to(
-        folder.name
-    )  # before the rename: from there on nothing needs space any more
+    unfinished(latest).symlink_to(folder.name)  # before the rename: from there on nothing needs space any more
     if folder.exists():
         _delete(folder)
     partial.rename(folder)

@@ -74,9 +74,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
         for name, tensor in read_header(folder / file).items():
             if weight_map.get(name) != file:
                 where = weight_map.get(name, "no file")
-                raise ConfigError(
-                    f"{folder / file}: holds '{name}', which {INDEX} places in {where}; {_MIXED}"
-                )
+                raise ConfigError(f"{folder / file}: holds '{name}', which {INDEX} places in {where}; {_MIXED}")
             tensors[name] = tensor
     for name, file in weight_map.items():
         if name not in tensors:
@@ -136,9 +134,7 @@ def _stored(path: Path, name: str, entry: Any, offset: int) -> StoredTensor:
     expected = torch.Size(shape).numel() * DTYPES[dtype].itemsize
     if end - begin != expected:
         raise ConfigError(f"{path}: '{name}' has {end - begin} bytes, its shape needs {expected}; {_DAMAGED}")
-    return StoredTensor(
-        name=name, file=path, dtype=dtype, shape=shape, begin=offset + begin, end=offset + end
-    )
+    return StoredTensor(name=name, file=path, dtype=dtype, shape=shape, begin=offset + begin, end=offset + end)
 
 
 class TensorReader:
@@ -207,10 +203,7 @@ def write_model(
     """
     shards = _shards(specs, max_shard_bytes)
     single = len(shards) == 1
-    names = [
-        SINGLE if single else f"model-{n:05d}-of-{len(shards):05d}.safetensors"
-        for n in range(1, len(shards) + 1)
-    ]
+    names = [SINGLE if single else f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     stream = iter(tensors)
     try:

@@ -135,9 +135,7 @@ def _block_spec(arch: Architecture, config: TransformerConfig) -> ModuleSpec | T
             attention.submodules, core_attention=PackedAttention, q_layernorm=RMSNorm, k_layernorm=RMSNorm
         ),
     )
-    layer = dataclasses.replace(
-        layer, self_attention=attention, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm
-    )
+    layer = dataclasses.replace(layer, self_attention=attention, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 

@@ -61,7 +61,7 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedRotaryEmbedding(RotaryEmbedding):
     """RoPE angles of every packed token: positions restart at each sequence. Returns [S, 1, 1, head_dim]."""
 
-    def get_rotary_seq_len(  # type: ignore[override]
+    def get_rotary_seq_len(
         self,
         inference_context: Any,
         transformer: Any,
@@ -74,7 +74,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         assert packed_seq_params is not None and packed_seq_params.position_ids is not None
         return packed_seq_params.position_ids
 
-    def forward(self, position_ids: Tensor, **unused: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, position_ids: Tensor, **unused: Any) -> Tensor:
         angles = torch.outer(position_ids.to(self.inv_freq.dtype), self.inv_freq)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 

@@ -76,11 +76,7 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 
 def count_updates(optimizer: MegatronOptimizer, world: World) -> int:
     """Updates made so far; a rank whose shard is empty may not have counted. Collective."""
-    own = [
-        int(group.get("step", 0))
-        for part in optimizer_parts(optimizer)
-        for group in part.optimizer.param_groups
-    ]
+    own = [int(group.get("step", 0)) for part in optimizer_parts(optimizer) for group in part.optimizer.param_groups]
     return max(world.all_gather_objects(max(own, default=0)))
 
 

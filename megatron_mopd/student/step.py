@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from kernels import VocabShard, linear_divergence, token_logprob
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from kernels import VocabShard, linear_divergence, token_logprob
 from megatron_mopd import losses
 from megatron_mopd.config import ObjectiveSpec
 from megatron_mopd.parallel.runtime import World

@@ -96,12 +96,12 @@ class Student:
         ranks = culprits.nonzero()[:, 0].tolist()
         raise NonFiniteError(
             f"non-finite {what} at step {step} on rank {', '.join(map(str, ranks))}, "
-            f"domain {', '.join(domains or names)}: stopped before the optimizer step; weights are those of step {step}. "
-            "Lower optim.lr or check the teacher's weights"
+            f"domain {', '.join(domains or names)}: stopped before the optimizer "
+            f"step; weights are those of step {step}. Lower optim.lr or check the teacher's weights"
         )
 
     def _report(self, sums: Tensor) -> dict[str, float]:
-        """The table of `LossStep.run` -> {'<metric>[/<domain>]': mean over tokens}, and 'objective': what was minimised."""
+        """The table of `LossStep.run` -> {'<metric>[/<domain>]': mean over tokens}, and 'objective', the loss."""
         names = self._loss.metrics
         table = torch.cat([sums, sums.sum(1, keepdim=True)], dim=1)
         per_token, (tokens, weighted_loss, units) = table[: len(names)], table[len(names) :]

@@ -118,9 +118,7 @@ _EXPERT = (
         ("mlp.experts.{expert}.down_proj.weight", "HX"),
     ),
 )
-_EMBEDDING = _row(
-    Layout.VOCAB, "embedding.word_embeddings.weight", ("model.embed_tokens.weight", "VH"), layer=False
-)
+_EMBEDDING = _row(Layout.VOCAB, "embedding.word_embeddings.weight", ("model.embed_tokens.weight", "VH"), layer=False)
 _NORM = _row(Layout.REPLICATED, "decoder.final_layernorm.weight", ("model.norm.weight", "H"), layer=False)
 _HEAD = _row(Layout.VOCAB, "output_layer.weight", ("lm_head.weight", "VH"), layer=False)
 # With tied embeddings only a last pipeline stage that is not also the first has an output layer of its own.

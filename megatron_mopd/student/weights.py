@@ -142,9 +142,7 @@ def _check(arch: Architecture, folder: Path) -> dict[str, StoredTensor]:
     remedy = f"use config.json and weights of one complete {arch.family} model"
     if missing:
         extra = f"; '{unknown[0]}' is there ({len(unknown)} unknown in all)" if unknown else ""
-        raise ConfigError(
-            f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all){extra}; {remedy}"
-        )
+        raise ConfigError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all){extra}; {remedy}")
     if unknown:
         name = unknown[0]
         raise ConfigError(

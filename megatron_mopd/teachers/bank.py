@@ -98,7 +98,7 @@ class TeacherBank:
     def equals(self, name: str, model: GPTModel) -> bool:
         """Whether the teacher's weights are those of `model`, bit for bit, on every rank. Collective."""
         shards = self._teachers[name].shards
-        own = {key: parameter for key, parameter in model.named_parameters()}
+        own = dict(model.named_parameters())
         differ = own.keys() != shards.keys() or any(_digest(own[key]) != shards[key] for key in shards)
         return not self._world.any(differ)
 
@@ -139,5 +139,3 @@ class TeacherBank:
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + data.tobytes()).hexdigest()
-
-

@@ -71,9 +71,7 @@ def resume(degrees: Degrees, run_dir: Path, updates: int, *model: Any) -> dict[s
     ],
     ids=["start", "bf16", "dp2-fp32", "dp2-bf16", "pp2-tied", "dp2-tp2-ep2-bf16"],
 )
-def test_resuming_is_bit_identical(
-    degrees: Degrees, updates: int, model: tuple[Any, ...], tmp_path: Path
-) -> None:
+def test_resuming_is_bit_identical(degrees: Degrees, updates: int, model: tuple[Any, ...], tmp_path: Path) -> None:
     uninterrupted = run_ranks(train, degrees[0], degrees, tmp_path, updates, *model, init=False)
     resumed = run_ranks(resume, degrees[0], degrees, tmp_path, updates, *model, init=False)
     for found, expected in zip(resumed, uninterrupted, strict=True):
@@ -125,9 +123,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[Model, Original]
         ((2, 2, 1, 2), (TIED, torch.bfloat16)),
         ((4, 1, 2, 2), (TIED, torch.bfloat16)),
     ],
-    ids=lambda value: (
-        degrees_id(value) if len(value) == 4 else ("tied-bf16" if value[0] is TIED else "untied-fp32")
-    ),
+    ids=lambda value: degrees_id(value) if len(value) == 4 else ("tied-bf16" if value[0] is TIED else "untied-fp32"),
 )
 def test_a_checkpoint_loads_in_any_layout(
     degrees: Degrees, model: Model, originals: dict[Model, Original], tmp_path: Path
@@ -141,7 +137,5 @@ def test_a_checkpoint_loads_in_any_layout(
 def test_a_checkpoint_of_another_architecture_is_refused(originals: dict[Model, Original]) -> None:
     run_dir = originals[MOE, torch.float32][0]
     wider = dataclasses.replace(MOE, expert_ffn_size=64)
-    with pytest.raises(
-        RankError, match=r"CheckpointError: .*latest: does not fit the model \(.*shape mismatch"
-    ):
+    with pytest.raises(RankError, match=r"CheckpointError: .*latest: does not fit the model \(.*shape mismatch"):
         run_ranks(load_on_one_rank, 1, run_dir, wider, init=False)

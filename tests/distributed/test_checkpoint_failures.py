@@ -42,9 +42,7 @@ def saves_after_a_good_one(
         trainee.world.barrier()
         error = ""
         try:
-            trainee.save(
-                run_dir, 2, write_model=lambda folder: write_file(folder) if trainee.world.is_main else None
-            )
+            trainee.save(run_dir, 2, write_model=lambda folder: write_file(folder) if trainee.world.is_main else None)
         except checkpoint.CheckpointError as caught:
             error = str(caught)
         found.append((error, contents(run_dir)))

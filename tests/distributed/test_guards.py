@@ -56,9 +56,7 @@ def one_step(config: RunConfig, folder: Path) -> dict:
 
 @pytest.mark.parametrize("kind", ["full_vocab", "sampled"])
 def test_not_a_number_stops_before_the_optimizer_step(kind: str, models: Path) -> None:
-    config = tiny.run_config(
-        models, kind=kind, teachers=("a", "broken", "c"), parallel=ParallelSpec(pipeline=2)
-    )
+    config = tiny.run_config(models, kind=kind, teachers=("a", "broken", "c"), parallel=ParallelSpec(pipeline=2))
     results = run_ranks(one_step, 4, config, models, init=False)
     for result in results:
         assert "step 3" in result["error"]

@@ -100,9 +100,7 @@ def test_logits_equal_those_of_transformers(
     tp, pp, ep = layout
     parallel = ParallelSpec(tensor=tp, pipeline=pp, expert=ep)
     chosen = [index for index, name in enumerate(MODELS) if ep == 1 or name.startswith("moe")]
-    results = run_ranks(
-        megatron_logits, LAYOUTS[layout], parallel, [folders[i] for i in chosen], rollouts, init=False
-    )
+    results = run_ranks(megatron_logits, LAYOUTS[layout], parallel, [folders[i] for i in chosen], rollouts, init=False)
     for place, index in enumerate(chosen):
         on_last_stage = [result[place] for result in results if result[place] is not None]
         assert len(on_last_stage) == LAYOUTS[layout] // pp

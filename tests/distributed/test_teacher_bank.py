@@ -69,7 +69,7 @@ def scores_by_rollout(config: RunConfig, folder: Path, rollouts: Sequence[Rollou
             continue
         values = score.logprobs.split([int(rollouts[i].loss_mask.sum()) for i in members])
         result |= {rollouts[i].prompt.id: v.tolist() for i, v in zip(members, values, strict=True)}
-    slots = [slot for slot in bank._slots.values()]
+    slots = list(bank._slots.values())
     frozen = all(not p.requires_grad and p.grad is None for slot in slots for p in slot.parameters())
     stop_world()
     return {"scores": result, "bytes": bank.host_bytes, "empty": empty, "frozen": frozen, "slots": len(slots)}
@@ -167,7 +167,7 @@ def self_distillation(config: RunConfig, folder: Path) -> dict:
     world = start_world(config.parallel, 0)
     source = folder / "student"
     arch = read_architecture(source)
-    bank = TeacherBank(config, {name: (arch, source) for name in config.teachers}, world)
+    bank = TeacherBank(config, dict.fromkeys(config.teachers, (arch, source)), world)
     student = Student(config, arch, world, source)
     identical = [bank.equals(name, student.model) for name in bank.names]
     rollouts = tiny.rollouts(["a", "b", "c", "a", "a"])

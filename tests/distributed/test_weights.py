@@ -103,9 +103,7 @@ def _round_trip(layout: tuple[int, int, int], models: Path, out: Path) -> list[s
     return names
 
 
-def _check_vocabulary(
-    model: torch.nn.Module, arch: Architecture, world: World, hf: dict[str, Tensor]
-) -> None:
+def _check_vocabulary(model: torch.nn.Module, arch: Architecture, world: World, hf: dict[str, Tensor]) -> None:
     """The rows of this tensor rank, padding included, of the embedding and of the output layer."""
     rows = -(-VOCAB // world.tensor.size)
     begin = world.tensor.rank * rows
@@ -211,9 +209,7 @@ def test_check_names_key_tensor_and_remedy(tmp_path: Path) -> None:
     )
     for changed, message in wrong:
         _rewrite(folder, changed)
-        with pytest.raises(
-            ConfigError, match=rf"^model\.hf_config: .*{message}; use config.json and weights"
-        ):
+        with pytest.raises(ConfigError, match=rf"^model\.hf_config: .*{message}; use config.json and weights"):
             check_hf(arch, folder, "model.hf_config")
 
 
@@ -271,9 +267,7 @@ def _export_fails(models: Path, out: Path) -> str:
     return str(caught.value)
 
 
-def test_a_full_disk_is_an_error_on_every_rank_and_spares_the_old_export(
-    models: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_an_error_on_every_rank_and_spares_the_old_export(models: Path, tmp_path: Path) -> None:
     messages = run_ranks(_export_fails, 2, models, tmp_path / "out", init=False)
     assert messages[0] == messages[1]
     assert f"{tmp_path / 'out'}: cannot write the model: File too large; make room" in messages[0]

@@ -76,9 +76,7 @@ class Trainee:
                 for position, main in enumerate(group["params"]):
                     key = f"{index} {group['is_expert_parallel']} {group['weight_decay']} {position}"
                     found[f"main {key}"] = main.detach().clone()
-                    found |= {
-                        f"{name} {key}": value.clone() for name, value in part.optimizer.state[main].items()
-                    }
+                    found |= {f"{name} {key}": value.clone() for name, value in part.optimizer.state[main].items()}
                 found[f"step {index} {len(found)}"] = torch.tensor(group["step"])
         return found
 

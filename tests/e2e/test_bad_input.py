@@ -65,16 +65,12 @@ def test_a_domain_without_a_teacher(models: Path, tmp_path: Path, capsys: pytest
     assert "domains.b.teacher" in line and "a, b, c" in line
 
 
-def test_a_number_without_a_dot_is_a_number(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_number_without_a_dot_is_a_number(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(run_tree(models, tmp_path / "run"), tmp_path, capsys, "optim.lr=1e-6", "optim.warmup_steps=-1")
     assert "warmup_steps" in line and "lr" not in line.replace("lr:", "")
 
 
-def test_a_teacher_with_another_vocabulary(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_teacher_with_another_vocabulary(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = small_model(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
@@ -83,9 +79,7 @@ def test_a_teacher_with_another_vocabulary(
     assert "teachers.a.checkpoint" in line and "300" in line and "vocabulary" in line
 
 
-def test_a_teacher_with_another_chat_template(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_teacher_with_another_chat_template(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(models / "a", tmp_path / "teacher")
     template = tmp_path / "teacher" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")

@@ -105,9 +105,7 @@ def test_teacher_scored_in_inference_mode(chunk_tokens: int | None) -> None:
     with torch.inference_mode():
         teacher_hidden, teacher_weight = inputs.teacher_hidden.clone(), inputs.teacher_weight.clone()
     hidden = inputs.hidden.requires_grad_()
-    stats = linear_divergence(
-        hidden, inputs.weight, teacher_hidden, teacher_weight, chunk_tokens=chunk_tokens
-    )
+    stats = linear_divergence(hidden, inputs.weight, teacher_hidden, teacher_weight, chunk_tokens=chunk_tokens)
     (gradient,) = torch.autograd.grad(stats.divergence, hidden, inputs.upstream)
     assert relative_error(gradient, want.hidden_grad) < 1e-5
 

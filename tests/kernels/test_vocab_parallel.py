@@ -12,9 +12,7 @@ OPERATIONS = ("divergence", "logprob")
 SIZES = (1, 2, 4)
 
 
-def compare(
-    ranks: Ranks, size: int, problem: Problem, operation: str, values: float, gradients: float
-) -> Found:
+def compare(ranks: Ranks, size: int, problem: Problem, operation: str, values: float, gradients: float) -> Found:
     got = joined(ranks.run(size, solve, problem, operation), problem)
     want = expected(problem, operation)
     assert relative_error(got.value, want.value) < values

@@ -122,9 +122,7 @@ def test_damage_is_found_and_named(damage: object, message: str, tmp_path: Path)
     assert f"; delete {second} to resume from step_00000001" in str(caught.value)
     assert find_latest(tmp_path) == first
     damage_no_manifest(first)
-    with pytest.raises(
-        CheckpointError, match=r"/checkpoints: no checkpoint in it is complete \(.*; delete the folder"
-    ):
+    with pytest.raises(CheckpointError, match=r"/checkpoints: no checkpoint in it is complete \(.*; delete the folder"):
         find_latest(tmp_path)
     with pytest.raises(CheckpointError, match="to start anew"):
         read_manifest(first)

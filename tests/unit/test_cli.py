@@ -97,9 +97,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     config_file.write_text(config_file.read_text().replace(*change) if change[0] else config_file.read_text())
-    options = {"run": [], "eval": ["--checkpoint", "x"], "export": ["--checkpoint", "x", "--hf", "y"]}[
-        command
-    ]
+    options = {"run": [], "eval": ["--checkpoint", "x"], "export": ["--checkpoint", "x", "--hf", "y"]}[command]
     assert cli.main([command, str(config_file), *options, *overrides]) == 2
     line = _one_line(capfd)
     assert line.startswith("mopd: error: ")
@@ -113,9 +111,7 @@ def test_the_installed_command_refuses_before_torch_is_imported(config_file: Pat
         "import sys; from megatron_mopd.cli import main; code = main(sys.argv[1:]); "
         "sys.exit(99 if {'torch', 'megatron'} & set(sys.modules) else code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "run", str(config_file)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, "run", str(config_file)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"mopd: error: {config_file}: unknown key 'sede'. Did you mean 'seed'?\n"
 
@@ -189,9 +185,7 @@ def test_a_rank_that_is_killed_is_137(
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_log_that_cannot_be_written_starts_nothing(
-    config_file: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_that_cannot_be_written_starts_nothing(config_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", str(config_file), "log.wandb=mine"]) == 2
     assert "log.wandb: the package wandb is not installed" in _one_line(capfd)
 

@@ -44,10 +44,7 @@ objective: {kind: cross_entropy}
 optim: {lr: 1e-3}
 """
 
-RL = (
-    SFT.replace("stage: sft", "stage: rl").replace("cross_entropy", "grpo")
-    + "rollout: {samples_per_prompt: 2}\n"
-)
+RL = SFT.replace("stage: sft", "stage: rl").replace("cross_entropy", "grpo") + "rollout: {samples_per_prompt: 2}\n"
 
 
 def _load(folder: Path, text: str | bytes, *overrides: str) -> RunConfig:
@@ -101,9 +98,7 @@ def test_words_that_yaml_takes_for_booleans_stay_words(tmp_path: Path, word: str
 
 
 def test_a_key_that_yaml_takes_for_a_boolean_or_number_stays_a_word(tmp_path: Path) -> None:
-    config = _load(
-        tmp_path, SFT.replace("domains: {a:", "domains: {no: {source: {jsonl: x}, verifier: exact}, 1:")
-    )
+    config = _load(tmp_path, SFT.replace("domains: {a:", "domains: {no: {source: {jsonl: x}, verifier: exact}, 1:"))
     assert config.domain_names == ("no", "1")
 
 
@@ -116,9 +111,7 @@ def test_true_and_false_are_booleans(tmp_path: Path, word: str, value: bool) -> 
     ("extra", "line", "key"),
     [("steps: 7\n", 9, "steps"), ("log:\n  wandb: a\n  tensorboard: true\n  wandb: b\n", 12, "wandb")],
 )
-def test_a_key_that_appears_twice_is_named_with_its_line(
-    tmp_path: Path, extra: str, line: int, key: str
-) -> None:
+def test_a_key_that_appears_twice_is_named_with_its_line(tmp_path: Path, extra: str, line: int, key: str) -> None:
     message = f"{tmp_path}/run.yaml: line {line}: key '{key}' appears twice; keep one"
     assert _error(tmp_path, SFT + extra) == message
 
@@ -196,9 +189,7 @@ def test_a_missing_key_is_named(tmp_path: Path, line: str, key: str) -> None:
 
 def test_a_missing_nested_key_is_named(tmp_path: Path) -> None:
     assert _error(tmp_path, SFT.replace("{lr: 1e-3}", "{}")).endswith("missing key 'optim.lr'")
-    assert _error(tmp_path, MOPD.replace("{checkpoint: self}", "{}")).endswith(
-        "missing key 'teachers.text.checkpoint'"
-    )
+    assert _error(tmp_path, MOPD.replace("{checkpoint: self}", "{}")).endswith("missing key 'teachers.text.checkpoint'")
 
 
 # --- overrides

@@ -25,9 +25,7 @@ from megatron_mopd.types import Prompt
 from megatron_mopd.yaml_config import ConfigError
 
 TINY = Path(__file__).parents[2] / "configs/tiny/model"
-SUM = SourceSpec(
-    reasoning_gym="chain_sum", params={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
-)
+SUM = SourceSpec(reasoning_gym="chain_sum", params={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2})
 SPELL = SourceSpec(reasoning_gym="spell_backward", params={"min_word_len": 3, "max_word_len": 6})
 GCD = SourceSpec(reasoning_gym="gcd", params={"min_numbers": 2, "max_numbers": 2, "max_value": 99})
 
@@ -54,9 +52,7 @@ def run_config(
     )
     if stage == "rl":
         rollout = dataclasses.replace(config.rollout, samples_per_prompt=2)
-        config = dataclasses.replace(
-            config, stage="rl", rollout=rollout, objective=ObjectiveSpec(kind="grpo")
-        )
+        config = dataclasses.replace(config, stage="rl", rollout=rollout, objective=ObjectiveSpec(kind="grpo"))
     return config
 
 
@@ -79,10 +75,7 @@ def lines(path: Path, held_out: Path | None = None, **changes: Any) -> dict[str,
 
 
 def facts(prompts: list[Prompt]) -> list[tuple[Any, ...]]:
-    return [
-        (p.id, p.domain, p.token_ids.tolist(), p.answer, p.max_response_tokens, dict(p.record))
-        for p in prompts
-    ]
+    return [(p.id, p.domain, p.token_ids.tolist(), p.answer, p.max_response_tokens, dict(p.record)) for p in prompts]
 
 
 def shares(prompts: list[Prompt]) -> dict[str, int]:
@@ -102,9 +95,7 @@ def test_shares_converge_for_any_size_of_draw(tokenizer: Tokenizer) -> None:
     drawn = Counter[str]()
     for step in range(1, 61):
         drawn.update(shares(mixer.draw(7)))
-        assert all(
-            abs(drawn[d] - 7 * step * s) < 1 for d, s in (("math", 0.35), ("text", 0.35), ("gcd", 0.3))
-        )
+        assert all(abs(drawn[d] - 7 * step * s) < 1 for d, s in (("math", 0.35), ("text", 0.35), ("gcd", 0.3)))
     assert drawn == {"math": 147, "text": 147, "gcd": 126}
     assert {domain: count["drawn"] for domain, count in mixer.counts().items()} == drawn
 
@@ -132,9 +123,7 @@ def test_a_resumed_mixer_goes_on_as_if_uninterrupted(tokenizer: Tokenizer) -> No
 def test_state_of_other_domains_is_refused(tokenizer: Tokenizer) -> None:
     state = DomainMixer(run_config(three()), tokenizer).state_dict()
     mixer = DomainMixer(run_config({"math": DomainSpec(source=SUM)}), tokenizer)
-    with pytest.raises(
-        ConfigError, match="domains: the checkpoint has gcd, math, text, the configuration math;"
-    ):
+    with pytest.raises(ConfigError, match="domains: the checkpoint has gcd, math, text, the configuration math;"):
         mixer.load_state_dict(state)
 
 
@@ -166,9 +155,7 @@ def test_a_source_that_is_all_held_out_is_an_error(tokenizer: Tokenizer) -> None
     tiny = SourceSpec(reasoning_gym="count_bits", params={"min_n": 1, "max_n": 9})
     mixer = DomainMixer(run_config({"bits": DomainSpec(source=tiny)}), tokenizer)
     assert len(mixer.held_out("bits")) == 9
-    with pytest.raises(
-        ConfigError, match=r"domains\.bits: 1000 prompts in a row cannot be used .* 1000 held out"
-    ):
+    with pytest.raises(ConfigError, match=r"domains\.bits: 1000 prompts in a row cannot be used .* 1000 held out"):
         mixer.draw(1)
 
 
@@ -183,13 +170,9 @@ def test_too_long_prompts_are_left_out_and_counted(tokenizer: Tokenizer, tmp_pat
     assert counts["drawn"] == 400
     assert counts["too_long"] > 300
     short = DomainMixer(run_config(lines(path, max_prompt_tokens=2)), tokenizer)
-    with pytest.raises(
-        ConfigError, match=r"domains\.lines: 1000 prompts in a row .*1000 longer than max_prompt_tok"
-    ):
+    with pytest.raises(ConfigError, match=r"domains\.lines: 1000 prompts in a row .*1000 longer than max_prompt_tok"):
         short.draw(1)
-    with pytest.raises(
-        ConfigError, match=r"domains\.lines\.source: no held-out prompt within max_prompt_tokens"
-    ):
+    with pytest.raises(ConfigError, match=r"domains\.lines\.source: no held-out prompt within max_prompt_tokens"):
         short.held_out("lines")
 
 
@@ -208,9 +191,7 @@ def test_one_line_that_is_held_out_leaves_nothing(tokenizer: Tokenizer, tmp_path
 
     name = next(f"q{i}" for i in range(99) if int(hashlib.sha256(f"q{i}".encode()).hexdigest(), 16) % 10 == 0)
     path = jsonl(tmp_path / "x.jsonl", [name])
-    with pytest.raises(
-        ConfigError, match=r"domains\.lines\.source: all 1 prompts of .* fall into the held-out tenth"
-    ):
+    with pytest.raises(ConfigError, match=r"domains\.lines\.source: all 1 prompts of .* fall into the held-out tenth"):
         DomainMixer(run_config(lines(path)), tokenizer)
 
 
@@ -233,9 +214,7 @@ def test_wrong_answers_are_for_sft_only(tokenizer: Tokenizer) -> None:
 def test_wrong_answers_need_two_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(9)])
     mixer = DomainMixer(run_config(lines(path, wrong_answers=0.9)), tokenizer)
-    with pytest.raises(
-        ConfigError, match=r"domains\.lines\.wrong_answers: all answers are 'a', none is wrong"
-    ):
+    with pytest.raises(ConfigError, match=r"domains\.lines\.wrong_answers: all answers are 'a', none is wrong"):
         mixer.draw(20)
 
 

@@ -188,9 +188,7 @@ def test_a_tenth_is_held_out_by_the_hash_of_the_prompt(tmp_path: Path) -> None:
     assert len(training) + len(held_out) == 2000
     assert 160 < len(held_out) < 240
     expected = {
-        f"question {i}"
-        for i in range(2000)
-        if int(hashlib.sha256(f"question {i}".encode()).hexdigest(), 16) % 10 == 0
+        f"question {i}" for i in range(2000) if int(hashlib.sha256(f"question {i}".encode()).hexdigest(), 16) % 10 == 0
     }
     assert {item.key for item in held_out} == expected
 

@@ -45,9 +45,7 @@ def _fails(folder: Path, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(("max_bytes", "files"), [(1 << 20, 1), (60, 2), (1, 3)])
-def test_written_files_are_read_by_the_safetensors_library(
-    tmp_path: Path, max_bytes: int, files: int
-) -> None:
+def test_written_files_are_read_by_the_safetensors_library(tmp_path: Path, max_bytes: int, files: int) -> None:
     _write(tmp_path, max_bytes)
     found = sorted(tmp_path.glob("*.safetensors"))
     assert len(found) == files

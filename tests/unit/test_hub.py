@@ -70,9 +70,7 @@ def test_other_folders_are_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "folder NAME has no config.json" in refusal(tmp_path / "empty")
     checkpoint(tmp_path / "run/checkpoints/step_1")
-    assert "NAME is a run folder; name one of its checkpoints: NAME/checkpoints/latest" in refusal(
-        tmp_path / "run"
-    )
+    assert "NAME is a run folder; name one of its checkpoints: NAME/checkpoints/latest" in refusal(tmp_path / "run")
     assert "NAME is a file" in refusal(model_folder(tmp_path / "m") / "config.json")
     (tmp_path / "dangling").symlink_to("gone")
     assert refusal(tmp_path / "dangling") == "model.checkpoint: NAME is a link to gone, which does not exist"

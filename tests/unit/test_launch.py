@@ -76,9 +76,7 @@ def test_an_exception_ends_all_ranks_and_is_shown_once(capfd: pytest.CaptureFixt
     assert outcome.exit_code == 1
     assert time.monotonic() - started < 20
     lines = error.splitlines()
-    assert lines[-1] == (
-        "mopd: rank 1 failed: ValueError: the loss is not finite; the other ranks were stopped"
-    )
+    assert lines[-1] == ("mopd: rank 1 failed: ValueError: the loss is not finite; the other ranks were stopped")
     assert error.count("Traceback") == 1
     assert "fail_on_1" in error
 
@@ -166,9 +164,7 @@ def test_a_second_signal_kills(tmp_path: Path) -> None:
     assert time.monotonic() - started < 20
 
 
-def test_a_signal_before_anyone_listens_stops_quietly(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_before_anyone_listens_stops_quietly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def start_up() -> None:
         (tmp_path / f"ready{_rank()}").touch()
         time.sleep(60)

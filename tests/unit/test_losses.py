@@ -15,9 +15,7 @@ WEIGHTS = torch.tensor([0.5, 0.5, 1.0])
 def test_sampled_by_hand() -> None:
     student = torch.tensor([-1.0, -2.0, -9.0], requires_grad=True)
     teacher = torch.tensor([-1.5, -1.0, -1.0])
-    loss = losses.sampled(
-        student, teacher, torch.zeros(3), WEIGHTS, advantage_clip=5.0, outcome_weight=0.0
-    )
+    loss = losses.sampled(student, teacher, torch.zeros(3), WEIGHTS, advantage_clip=5.0, outcome_weight=0.0)
     # A = teacher - student = -0.5, 1, 8 -> clipped to 5; loss = -A log p = -0.5, 2, 45.
     assert loss.total.item() == pytest.approx(0.5 * -0.5 + 0.5 * 2.0 + 45.0)
     loss.total.backward()
@@ -61,9 +59,7 @@ def test_sampled_with_the_student_as_teacher_is_exactly_zero() -> None:
 def test_grpo_by_hand(ratio: float, advantage: float, loss: float, gradient: float) -> None:
     student = torch.tensor([-1.0], requires_grad=True)
     rollout = torch.tensor([-1.0 - math.log(ratio)])
-    result = losses.grpo(
-        student, rollout, torch.tensor([advantage]), torch.ones(1), clip_low=0.2, clip_high=0.28
-    )
+    result = losses.grpo(student, rollout, torch.tensor([advantage]), torch.ones(1), clip_low=0.2, clip_high=0.28)
     assert result.total.item() == pytest.approx(loss, rel=1e-6)
     result.total.backward()
     assert student.grad.item() == pytest.approx(gradient, rel=1e-6)

@@ -23,9 +23,7 @@ from megatron_mopd.yaml_config import ConfigError
 QUIET = LogSpec(tensorboard=False)
 
 
-def _write(
-    folder: Path, steps: range, log: LogSpec = QUIET, resume_step: int = 0, offset: float = 0.0
-) -> None:
+def _write(folder: Path, steps: range, log: LogSpec = QUIET, resume_step: int = 0, offset: float = 0.0) -> None:
     with MetricLog(folder, log, rank=0, resume_step=resume_step) as metrics:
         for step in steps:
             metrics.step(step, {"loss": step + offset})
@@ -89,9 +87,7 @@ def test_tensorboard_has_the_same_numbers_also_after_a_resume(tmp_path: Path) ->
     assert accuracy == [(2, 1.0), (4, 103.0)]
 
 
-def test_wandb_that_is_not_installed_is_named_before_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_that_is_not_installed_is_named_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^log.wandb: .*pip install 'megatron-mopd\[wandb\]'"):
         check_log(LogSpec(wandb="project"))

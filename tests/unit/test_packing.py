@@ -19,9 +19,7 @@ def _rollout(domain: str, prompt: list[int], response: list[int], advantage: flo
     tokens = np.array(prompt + response)
     mask = np.arange(len(tokens)) >= len(prompt)
     return Rollout(
-        prompt=Prompt(
-            id=f"{domain}/0", domain=domain, token_ids=np.array(prompt), answer="", max_response_tokens=9
-        ),
+        prompt=Prompt(id=f"{domain}/0", domain=domain, token_ids=np.array(prompt), answer="", max_response_tokens=9),
         sample=0,
         token_ids=tokens,
         loss_mask=mask,
@@ -35,9 +33,7 @@ def _rollout(domain: str, prompt: list[int], response: list[int], advantage: flo
 def test_the_shift_by_hand() -> None:
     first = _rollout("a", [11, 12], [13, 14, 15], advantage=2.0)
     second = _rollout("b", [21], [22], advantage=-1.0)
-    batch = pack(
-        [first, second], "t", domain_names=("a", "b"), aggregation="sequence", multiple_of=4, device=CPU
-    )
+    batch = pack([first, second], "t", domain_names=("a", "b"), aggregation="sequence", multiple_of=4, device=CPU)
     assert batch.token_ids.tolist() == [11, 12, 13, 14, 15, 21, 22, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 0]
     assert batch.cu_seqlens.tolist() == [0, 5, 7, 8]

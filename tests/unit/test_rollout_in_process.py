@@ -53,17 +53,13 @@ def test_a_rollout_does_not_depend_on_its_batch(moe: Reference) -> None:
 
 def test_samples_and_seeds_differ(moe: Reference) -> None:
     prompts = make_prompts(8, limit=1)[:1] * 1
-    prompts = [
-        Prompt(id="d/0", domain="d", token_ids=prompts[0].token_ids, answer="", max_response_tokens=12)
-    ]
+    prompts = [Prompt(id="d/0", domain="d", token_ids=prompts[0].token_ids, answer="", max_response_tokens=12)]
     first = moe.engine().generate(prompts, samples=6, sampling=MODEL, seed=1)
     second = moe.engine().generate(prompts, samples=6, sampling=MODEL, seed=2)
     assert len({tuple(rollout.response_ids) for rollout in first + second}) == 12
 
 
-def test_cache_growth_and_prefill_chunks_change_nothing(
-    moe: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_growth_and_prefill_chunks_change_nothing(moe: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = make_prompts(20, limit=20)
     expected = moe.engine().generate(prompts, samples=2, sampling=MODEL, seed=0)
     monkeypatch.setattr(in_process, "_CACHE_CHUNK", 1)

@@ -86,9 +86,7 @@ def test_pick_never_takes_a_token_of_probability_zero() -> None:
         (Sampling(temperature=0.0), 1, math.log(4 / 7)),
     ],
 )
-def test_draw_reports_the_scaled_softmax_before_truncation(
-    sampling: Sampling, token: int, logprob: float
-) -> None:
+def test_draw_reports_the_scaled_softmax_before_truncation(sampling: Sampling, token: int, logprob: float) -> None:
     logits = torch.tensor([[0.0, math.log(4.0), math.log(2.0)]])
     drawn, reported = draw(logits, torch.tensor([0.999], dtype=torch.float64), sampling)
     assert int(drawn) == token

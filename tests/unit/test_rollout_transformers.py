@@ -29,9 +29,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 
 @pytest.mark.parametrize("name", ["moe", "moe_tied", "moe_odd", "dense", "dense_tied"])
-@pytest.mark.parametrize(
-    ("temperature", "count"), [(1.0, 50), (0.7, 3)]
-)  # 50 rows: grouped experts, 3: all experts
+@pytest.mark.parametrize(("temperature", "count"), [(1.0, 50), (0.7, 3)])  # 50 rows: grouped experts, 3: all experts
 def test_logprobs_equal_transformers(
     references: dict[str, Reference], name: str, temperature: float, count: int
 ) -> None:

@@ -122,21 +122,14 @@ def test_template_in_the_configuration_counts_without_a_file(copy: Path) -> None
     with pytest.raises(ConfigError, match=r"has no chat template; add chat_template\.jinja"):
         Tokenizer.load(copy).render(user("x"))
     edit(copy / "tokenizer_config.json", chat_template=[{"name": "default", "template": template}])
-    assert (
-        Tokenizer.load(copy).render(user("x")).tolist()
-        == Tokenizer.load(TINY / "model").render(user("x")).tolist()
-    )
+    assert Tokenizer.load(copy).render(user("x")).tolist() == Tokenizer.load(TINY / "model").render(user("x")).tolist()
 
 
 def test_tokens_that_only_the_configuration_lists_are_added(copy: Path) -> None:
-    edit(
-        copy / "tokenizer_config.json", added_tokens_decoder={"114": {"content": "<|new|>", "special": True}}
-    )
+    edit(copy / "tokenizer_config.json", added_tokens_decoder={"114": {"content": "<|new|>", "special": True}})
     tokenizer = Tokenizer.load(copy)
     assert (tokenizer.vocab_size, tokenizer.encode("a<|new|>").tolist()[1]) == (115, 114)
-    edit(
-        copy / "tokenizer_config.json", added_tokens_decoder={"200": {"content": "<|new|>", "special": True}}
-    )
+    edit(copy / "tokenizer_config.json", added_tokens_decoder={"200": {"content": "<|new|>", "special": True}})
     with pytest.raises(ConfigError, match=r"'<\|new\|>' the id 200, tokenizer\.json 114"):
         Tokenizer.load(copy)
 

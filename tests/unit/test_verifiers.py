@@ -96,9 +96,7 @@ def question(tokenizer: Tokenizer, domain: str, answer: str, identity: str = "0"
 
 def test_task_reward_is_the_tasks_own_score(tokenizer: Tokenizer) -> None:
     config = run_config(spell=DomainSpec(source=SPELL))
-    prompt = next(
-        p for p in DomainMixer(config, tokenizer).draw(50) if len(set(p.answer)) == len(p.answer) == 4
-    )
+    prompt = next(p for p in DomainMixer(config, tokenizer).draw(50) if len(set(p.answer)) == len(p.answer) == 4)
     right = prompt.answer
     half = right[:2] + "##"
     texts = [
@@ -110,9 +108,7 @@ def test_task_reward_is_the_tasks_own_score(tokenizer: Tokenizer) -> None:
         f" {right}\n",
         f"<think>hm</think><answer>{right}</answer>",
     ]
-    rewards = [
-        r.reward for r in verify([answered(tokenizer, prompt, text) for text in texts], config, tokenizer)
-    ]
+    rewards = [r.reward for r in verify([answered(tokenizer, prompt, text) for text in texts], config, tokenizer)]
     assert rewards == [1.0, 1.0, 0.5, 0.0, 0.0, 1.0, 1.0]
 
 
@@ -130,9 +126,7 @@ def test_each_rollout_is_scored_by_its_own_domain(tokenizer: Tokenizer) -> None:
         math=DomainSpec(source=LINES, verifier="math"),
         none=DomainSpec(source=LINES, verifier="none"),
     )
-    rollouts = [
-        answered(tokenizer, question(tokenizer, d, "1/2"), "0.5") for d in ("none", "math", "exact", "math")
-    ]
+    rollouts = [answered(tokenizer, question(tokenizer, d, "1/2"), "0.5") for d in ("none", "math", "exact", "math")]
     assert [r.reward for r in verify(rollouts, config, tokenizer)] == [0.0, 1.0, 0.0, 1.0]
 
 

@@ -128,8 +128,7 @@ def test_every_transformer_engine_name_is_a_spelling_of_one_row() -> None:
     patterns = [(row, expert) for row in moe.layer for expert in (0,)]
     patterns += [(row, expert) for row in moe.expert for expert in (0, 1)]
     matches = [
-        [name for name in _TE_MOE_LAYER.split() if prefix + name in _spellings(row, expert)]
-        for row, expert in patterns
+        [name for name in _TE_MOE_LAYER.split() if prefix + name in _spellings(row, expert)] for row, expert in patterns
     ]
     assert all(len(match) == 1 for match in matches)
     assert {name for [name] in matches} == set(_TE_MOE_LAYER.split())
