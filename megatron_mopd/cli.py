@@ -12,7 +12,6 @@ from typing import Any
 from megatron_mopd import __version__
 from megatron_mopd.config import RunConfig, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
-from megatron_mopd.hub import resolve_folder
 from megatron_mopd.launch import Outcome, run_ranks
 from megatron_mopd.metrics import check_log
 from megatron_mopd.rank_process import EXIT_CONFIG
@@ -198,8 +197,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    config = _checked(arguments.config, overrides)
-    resolve_folder(arguments.checkpoint, "--checkpoint")
+    config = load_config(arguments.config, overrides)
+    from megatron_mopd import preflight
+
+    preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel))
     outcome = _launch(config, _evaluate_rank, arguments.checkpoint)
     joined = joined_world()
     if outcome.result is not None and (joined is None or joined[0] == 0):

@@ -13,13 +13,13 @@ from megatron_mopd.config import RunConfig
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.hub import resolve_folder
 from megatron_mopd.parallel.runtime import start_world, stop_world
-from megatron_mopd.preflight import resolve_inputs
 from megatron_mopd.rollout.collect import Collector
 from megatron_mopd.rollout.engine import Sampling
 from megatron_mopd.rollout.in_process import InProcessEngine
 from megatron_mopd.student.architecture import Architecture, read_architecture
 from megatron_mopd.student.hf_files import TensorReader, read_headers
 from megatron_mopd.student.weight_table import model_tensors
+from megatron_mopd.tokenizer import Tokenizer
 
 FULL_SCORE = 1.0 - 1e-6
 
@@ -44,22 +44,21 @@ def evaluate(config: RunConfig, mixer: DomainMixer, collector: Collector) -> dic
 
 def evaluate_checkpoints(config: RunConfig, checkpoints: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """name -> domain -> accuracy of checkpoints or Hugging Face folders, on the domains of `config`. On every rank."""
-    inputs = resolve_inputs(config)
     world = start_world(config.parallel, config.seed)
-    mixer = DomainMixer(config, inputs.tokenizer)
     accuracy = {}
     for name, checkpoint in checkpoints.items():
         folder = resolve_folder(checkpoint, name)
-        arch = read_architecture(folder)
+        arch, tokenizer = read_architecture(folder), Tokenizer.load(folder)
         engine = InProcessEngine(
             arch,
-            stop_ids=inputs.tokenizer.stop_ids,
+            stop_ids=tokenizer.stop_ids,
             dtype=getattr(torch, config.model.dtype),
             device=world.device,
             batch_size=config.rollout.batch_size,
         )
         engine.load_weights(_tensors(arch, folder), version=0)
-        accuracy[name] = evaluate(config, mixer, Collector(config, mixer, engine, inputs.tokenizer, world))
+        mixer = DomainMixer(config, tokenizer)
+        accuracy[name] = evaluate(config, mixer, Collector(config, mixer, engine, tokenizer, world))
     stop_world()
     return accuracy
 

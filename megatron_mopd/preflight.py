@@ -62,9 +62,19 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_vocabulary(inputs)
     _check_teachers(config, inputs)
     _check_weights(inputs)
-    _check_lengths(config, inputs)
-    _check_data(config, inputs)
+    _check_lengths(config, inputs.arch)
+    _check_data(config, inputs.tokenizer)
     _check_run_folder(config)
+
+
+def check_evaluation(config: RunConfig, checkpoint: str, world_size: int) -> None:
+    """Raise ConfigError for whatever would stop `mopd eval`: it needs the checkpoint and the domains, no teacher."""
+    check_layout(config.parallel, world_size)
+    folder = resolve_folder(checkpoint, "--checkpoint")
+    arch = read_architecture(folder)
+    check_hf(arch, folder, "--checkpoint")
+    _check_lengths(config, arch)
+    _check_data(config, Tokenizer.load(folder))
 
 
 def _check_vocabulary(inputs: Inputs) -> None:
@@ -84,7 +94,7 @@ def _check_teachers(config: RunConfig, inputs: Inputs) -> None:
                 f"{key}: its vocabulary has {arch.vocab_size} tokens, the student's {inputs.arch.vocab_size}; "
                 "a teacher may differ in depth and width, not in vocabulary"
             )
-        check_architecture(arch, config.parallel, key)
+        check_architecture(arch, config.parallel, f"teachers.{name}'s")
         told_apart = difference(inputs.tokenizer, Tokenizer.load(folder))
         if told_apart:
             raise ConfigError(f"{key}: {told_apart}; use a teacher trained from the student's SFT checkpoint")
@@ -97,18 +107,18 @@ def _check_weights(inputs: Inputs) -> None:
         check_hf(arch, folder, f"teachers.{name}.checkpoint")
 
 
-def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
+def _check_lengths(config: RunConfig, arch: Architecture) -> None:
     for name, domain in config.domains.items():
         longest = domain.max_prompt_tokens + domain.max_response_tokens
-        if longest > inputs.arch.max_positions:
+        if longest > arch.max_positions:
             raise ConfigError(
                 f"domains.{name}: max_prompt_tokens {domain.max_prompt_tokens} + max_response_tokens "
-                f"{domain.max_response_tokens} exceed the model's {inputs.arch.max_positions} positions; lower them"
+                f"{domain.max_response_tokens} exceed the model's {arch.max_positions} positions; lower them"
             )
 
 
-def _check_data(config: RunConfig, inputs: Inputs) -> None:
-    mixer = DomainMixer(config, inputs.tokenizer)
+def _check_data(config: RunConfig, tokenizer: Tokenizer) -> None:
+    mixer = DomainMixer(config, tokenizer)
     mixer.draw(1)
     for name in config.domains:
         mixer.held_out(name)

@@ -47,7 +47,9 @@ class Run:
         self.first_step = self._resume(latest) if latest else 0
         self.engine = self._engine(reads_answers=config.stage == "sft")
         self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world)
-        self._sampler = self._engine(reads_answers=False) if config.stage == "sft" else self.engine
+        # `sft` never samples for training, but to be evaluated.
+        own_sampler = config.stage == "sft" and config.evaluation.every > 0
+        self._sampler = self._engine(reads_answers=False) if own_sampler else self.engine
         self._evaluator = Collector(config, self.mixer, self._sampler, self.inputs.tokenizer, self.world)
         self.engine.load_weights(self.student.hf_weights(), version=self.student.num_updates)
 
@@ -63,6 +65,10 @@ class Run:
             check_initial_divergence(self)
         if self.first_step == 0:
             self._evaluate(0)
+        elif self.first_step >= self.config.steps:
+            self.progress.note(f"{self.folder}: already complete at step {self.first_step}; nothing to do")
+        else:
+            self.progress.note(f"{self.folder}: going on from step {self.first_step}")
         return self
 
     def __exit__(
@@ -75,7 +81,7 @@ class Run:
 
     def updates(self, rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
         """The rollouts of each optimizer update of this step; one part, unless `optim.updates_per_step` says more."""
-        parts = self.config.optim.updates_per_step
+        parts = min(self.config.optim.updates_per_step, len(rollouts))
         for part in range(parts):
             yield rollouts[part::parts]
 
@@ -105,6 +111,7 @@ class Run:
     def log_step(self, step: int, report: UpdateReport, rollouts: Sequence[Rollout]) -> None:
         """Write the step's metrics and times; evaluate on the held-out prompts when it is time to."""
         generated = sum(int(rollout.loss_mask.sum()) for rollout in rollouts)
+        processed = sum(len(rollout.token_ids) for rollout in rollouts)
         metrics = {
             "loss": report.loss,
             "grad_norm": report.grad_norm,
@@ -112,7 +119,9 @@ class Run:
             **report.metrics,
             **rollout_metrics(rollouts, self.config.domain_names),
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
-            **self.timer.take(tokens={"rollout": generated, "total": sum(len(r.token_ids) for r in rollouts)}),
+            **self.timer.take(
+                tokens={"rollout": generated, "teacher": processed, "update": processed, "total": processed}
+            ),
         }
         self.log.step(step, metrics)
         self.progress.update(step + 1, metrics)

@@ -105,18 +105,17 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
 
 
-def check_architecture(arch: Architecture, parallel: ParallelSpec, key: str = "parallel") -> None:
+def check_architecture(arch: Architecture, parallel: ParallelSpec, whose: str = "the student's") -> None:
     """Raise ConfigError when the model cannot be cut into this layout."""
     tp, pp, ep = parallel.tensor, parallel.pipeline, parallel.expert
     if arch.num_heads % tp or arch.num_kv_heads % tp:
-        raise ConfigError(
-            f"{key}.tensor: {tp} does not divide {arch.num_heads} heads and {arch.num_kv_heads} key/value heads"
-        )
+        heads = f"{arch.num_heads} heads and {arch.num_kv_heads} key/value heads"
+        raise ConfigError(f"parallel.tensor: {tp} does not divide {whose} {heads}; use a common divisor of both")
     if not arch.is_moe and arch.ffn_size % tp:
-        raise ConfigError(f"{key}.tensor: {tp} does not divide intermediate_size {arch.ffn_size}")
+        raise ConfigError(f"parallel.tensor: {tp} does not divide {whose} intermediate_size {arch.ffn_size}")
     if arch.num_layers % pp:
-        raise ConfigError(f"{key}.pipeline: {pp} does not divide {arch.num_layers} layers")
+        raise ConfigError(f"parallel.pipeline: {pp} does not divide {whose} {arch.num_layers} layers; use a divisor")
     if ep > 1 and not arch.is_moe:
-        raise ConfigError(f"{key}.expert: {ep}, but the model has no experts; set it to 1")
+        raise ConfigError(f"parallel.expert: {ep}, but {whose} model has no experts; set it to 1")
     if arch.is_moe and arch.num_experts % ep:
-        raise ConfigError(f"{key}.expert: {ep} does not divide {arch.num_experts} experts")
+        raise ConfigError(f"parallel.expert: {ep} does not divide {whose} {arch.num_experts} experts; use a divisor")

@@ -1,0 +1,98 @@
+"""The commands in a row, as a user types them: run in two layouts, eval, export, and a resume that must be refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mopd.config import load_config
+from megatron_mopd.metrics import read_records
+from tests.e2e.conftest import run_tree, write_run
+
+STEPS = 3
+
+
+def mopd(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_mopd", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`plain` on two data-parallel ranks and `cut` with tensor and expert parallelism, three steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, parallel in (("plain", {"ranks": 2}), ("cut", {"tensor": 2, "expert": 2})):
+        tree = run_tree(models, folder / name) | {"steps": STEPS, "parallel": parallel}
+        result = mopd("run", str(write_run(folder / f"{name}.yaml", tree)))
+        assert result.returncode == 0, result.stderr
+        assert "initial reverse KL per token: a " in result.stdout
+    return folder
+
+
+def test_a_run_does_not_depend_on_the_layout(runs: Path) -> None:
+    plain, cut = (read_records(runs / name / "metrics.jsonl") for name in ("plain", "cut"))
+    assert [record["step"] for record in plain] == [record["step"] for record in cut] == list(range(STEPS))
+    for left, right in zip(plain, cut, strict=True):
+        # The very same rollouts: what is sampled depends on seed, prompt and sample only.
+        for name in ("reward", "response_tokens", "truncation_rate", "token_share/a", "prompt_share/b"):
+            assert left[name] == right[name], name
+        for name in ("loss", "grad_norm", "reverse_kl/a", "reverse_kl/b", "reverse_kl/c", "entropy"):
+            assert right[name] == pytest.approx(left[name], rel=1e-4), name
+
+
+def test_what_a_run_folder_says(runs: Path) -> None:
+    record = read_records(runs / "plain" / "metrics.jsonl")[-1]
+    for metric in ("reverse_kl", "entropy", "reward", "response_tokens", "truncation_rate", "repetition_rate"):
+        assert {f"{metric}/{domain}" for domain in "abc"} <= record.keys()
+    for key in ("prompt_share/a", "token_share/a", "too_long/a", "held_out_skipped/a", "grad_norm", "lr"):
+        assert key in record
+    for phase in ("rollout", "teacher", "update"):
+        assert record[f"seconds/{phase}"] > 0
+        assert record[f"tokens_per_second/{phase}"] > 0
+    assert record["seconds/sync"] > 0
+    assert load_config(runs / "plain" / "config.yaml").steps == STEPS
+
+
+def test_eval_and_export_agree(runs: Path) -> None:
+    config, latest, out = str(runs / "plain.yaml"), str(runs / "plain" / "checkpoints" / "latest"), runs / "exported"
+    result = mopd("export", config, "--checkpoint", latest, "--hf", str(out))
+    assert result.returncode == 0, result.stderr
+    again = mopd("export", config, "--checkpoint", latest, "--hf", str(out))
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1 and str(out) in again.stderr
+    scores = []
+    for checkpoint in (latest, str(out)):
+        result = mopd("eval", config, "--checkpoint", checkpoint)
+        assert result.returncode == 0, result.stderr
+        scores.append(json.loads(result.stdout))
+    assert scores[0] == scores[1]
+    assert scores[0].keys() == set("abc")
+    logged = read_records(runs / "plain" / "metrics.jsonl", "eval")
+    assert [record["step"] for record in logged] == [0]
+
+
+def test_resuming_with_another_teacher_is_refused(models: Path, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    tree = run_tree(models, tmp_path / "run") | {"steps": STEPS + 1}
+    tree["teachers"]["b"]["checkpoint"] = str(models / "c")
+    result = mopd("run", str(write_run(tmp_path / "run.yaml", tree)))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "teachers.b: weights" in result.stderr
+    assert len(read_records(tmp_path / "run" / "metrics.jsonl")) == STEPS
+
+
+def test_a_teacher_that_is_the_student_is_refused_unless_allowed(models: Path, tmp_path: Path) -> None:
+    tree = run_tree(models, tmp_path / "run") | {"steps": 1}
+    tree["teachers"]["b"]["checkpoint"] = str(models / "student")
+    config = str(write_run(tmp_path / "run.yaml", tree))
+    result = mopd("run", config)
+    assert result.returncode == 2
+    assert "teachers.b" in result.stderr and "allow_identical_teacher=true" in result.stderr
+    assert mopd("run", config, "allow_identical_teacher=true").returncode == 0
+    assert read_records(tmp_path / "run" / "metrics.jsonl")[0]["reverse_kl/b"] == pytest.approx(0, abs=1e-6)
