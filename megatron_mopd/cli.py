@@ -12,14 +12,12 @@ from typing import Any
 from megatron_mopd import __version__
 from megatron_mopd.config import RunConfig, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
-from megatron_mopd.launch import Outcome, run_ranks
+from megatron_mopd.launch import launch
 from megatron_mopd.metrics import check_log
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
 
 EXIT_INTERRUPTED = 130
-PRELOAD = ("megatron_mopd.train",)
-"""Imported once, before the ranks are forked: it brings torch, Megatron and transformers."""
 
 DESCRIPTION = """\
 Multi-teacher on-policy distillation (MOPD) with Megatron-Core.
@@ -181,19 +179,8 @@ def _checked(path: str, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def _launch(config: RunConfig, function: Callable[..., Any], *arguments: object) -> Outcome:
-    return run_ranks(
-        function,
-        (config, *arguments),
-        ranks=world_size(config.parallel),
-        port=config.parallel.port,
-        log_dir=Path(config.run_dir) / "logs",
-        preload=PRELOAD,
-    )
-
-
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    return _launch(_checked(arguments.config, overrides), _train_rank).exit_code
+    return launch(_checked(arguments.config, overrides), _train_rank).exit_code
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -201,7 +188,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_mopd import preflight
 
     preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel))
-    outcome = _launch(config, _evaluate_rank, arguments.checkpoint)
+    outcome = launch(config, _evaluate_rank, arguments.checkpoint)
     joined = joined_world()
     if outcome.result is not None and (joined is None or joined[0] == 0):
         print(json.dumps(outcome.result, indent=2))

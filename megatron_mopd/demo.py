@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from megatron_mopd import preflight
 from megatron_mopd.config import RunConfig, load_config
 from megatron_mopd.environment import world_size
-from megatron_mopd.launch import Outcome, run_ranks
+from megatron_mopd.launch import launch
 from megatron_mopd.report import Comparison, accuracy_table, plot_demo, read_series, write_summary
 from megatron_mopd.student.checkpoint_files import find_latest, read_manifest
 
@@ -52,12 +51,12 @@ def run_demo(config_dir: Path, run_dir: Path, overrides: Sequence[str]) -> int:
         console.print(heading, markup=False, highlight=False)
         with seconds.of(stage.name):
             preflight.check(stage.config, world_size(stage.config.parallel))
-            outcome = _launch(stage.config, _train)
+            outcome = launch(stage.config, _train)
         if outcome.exit_code:
             return outcome.exit_code
     console.print(f"[{len(stages) + 1}/{len(stages) + 1}] eval", markup=False, highlight=False)
     with seconds.of("eval"):
-        outcome = _launch(stages[-1].config, _evaluate, {stage.name: stage.checkpoint for stage in stages})
+        outcome = launch(stages[-1].config, _evaluate, {stage.name: stage.checkpoint for stage in stages})
     if outcome.exit_code:
         return outcome.exit_code
     _report(console, run_dir, stages, outcome.result, seconds.all)
@@ -96,17 +95,6 @@ def _evaluate(config: RunConfig, checkpoints: dict[str, str]) -> dict[str, dict[
     from megatron_mopd.evaluate import evaluate_checkpoints
 
     return evaluate_checkpoints(config, checkpoints)
-
-
-def _launch(config: RunConfig, function: Callable[..., Any], *arguments: object) -> Outcome:
-    return run_ranks(
-        function,
-        (config, *arguments),
-        ranks=world_size(config.parallel),
-        port=config.parallel.port,
-        log_dir=Path(config.run_dir) / "logs",
-        preload=("megatron_mopd.train",),
-    )
 
 
 class _Seconds:

@@ -25,7 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_mopd.environment import gpu_count, joined_world
+from megatron_mopd.config import RunConfig
+from megatron_mopd.environment import gpu_count, joined_world, world_size
 from megatron_mopd.rank_process import EXIT_CONFIG, EXIT_FAILED, RankJob, RankMessage, run_rank
 from megatron_mopd.signals import STOP_SIGNALS
 from megatron_mopd.yaml_config import ConfigError
@@ -33,6 +34,8 @@ from megatron_mopd.yaml_config import ConfigError
 GRACE_SECONDS = 5.0
 """How long the other ranks have between SIGTERM and SIGKILL once one has failed."""
 _POLL_SECONDS = 0.2
+PRELOAD = ("megatron_mopd.train",)
+"""What `launch` imports before it forks: torch, Megatron and all of ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,18 @@ def run_ranks(
             for rank in range(ranks)
         ]
         return _Ranks(jobs, grace).run()
+
+
+def launch(config: RunConfig, function: Callable[..., Any], *arguments: object) -> Outcome:
+    """Call `function(config, *arguments)` on the ranks of `config`, here or in the world that was joined."""
+    return run_ranks(
+        function,
+        (config, *arguments),
+        ranks=world_size(config.parallel),
+        port=config.parallel.port,
+        log_dir=Path(config.run_dir) / "logs",
+        preload=PRELOAD,
+    )
 
 
 @contextlib.contextmanager

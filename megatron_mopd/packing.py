@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from megatron_mopd.config import RunConfig
 from megatron_mopd.types import MicroBatch, Rollout, to_device
 
 
@@ -109,3 +110,33 @@ def pack(
         outcome_advantages=of_rows([r.outcome_advantage for r in rollouts], torch.float32),
         domain_index=of_rows([domain_names.index(r.domain) for r in rollouts], torch.int64),
     )
+
+
+def pack_step(
+    rollouts: Sequence[Rollout],
+    config: RunConfig,
+    *,
+    data_rank: int,
+    data_ranks: int,
+    multiple_of: int,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """All micro-batches of one data-parallel rank; teachers in the order of the configuration."""
+    plans = plan_microbatches(
+        [len(rollout.token_ids) for rollout in rollouts],
+        [config.domains[rollout.domain].teacher for rollout in rollouts],
+        order=tuple(config.teachers) or (None,),
+        ranks=data_ranks,
+        max_tokens=config.optim.max_tokens_per_microbatch,
+    )
+    return [
+        pack(
+            [rollouts[index] for index in plan.members[data_rank]],
+            plan.teacher,
+            domain_names=config.domain_names,
+            aggregation=config.objective.aggregation,
+            multiple_of=multiple_of,
+            device=device,
+        )
+        for plan in plans
+    ]

@@ -13,7 +13,7 @@ from megatron_mopd.config import RunConfig, save_config
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluate import evaluate
 from megatron_mopd.metrics import MetricLog, PhaseTimer
-from megatron_mopd.packing import pack, plan_microbatches
+from megatron_mopd.packing import pack_step
 from megatron_mopd.parallel.runtime import start_world, stop_world
 from megatron_mopd.preflight import Inputs, resolve_inputs
 from megatron_mopd.progress import Progress
@@ -87,26 +87,14 @@ class Run:
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches; on every rank as many, with the same teachers in the same order."""
-        config, world = self.config, self.world
-        teachers = [config.domains[rollout.domain].teacher for rollout in rollouts]
-        plans = plan_microbatches(
-            [len(rollout.token_ids) for rollout in rollouts],
-            teachers,
-            order=self.teachers.names or (None,),
-            ranks=world.data.size,
-            max_tokens=config.optim.max_tokens_per_microbatch,
+        return pack_step(
+            rollouts,
+            self.config,
+            data_rank=self.world.data.rank,
+            data_ranks=self.world.data.size,
+            multiple_of=self.world.tensor.size,
+            device=self.world.device,
         )
-        return [
-            pack(
-                [rollouts[index] for index in plan.members[world.data.rank]],
-                plan.teacher,
-                domain_names=config.domain_names,
-                aggregation=config.objective.aggregation,
-                multiple_of=world.tensor.size,
-                device=world.device,
-            )
-            for plan in plans
-        ]
 
     def log_step(self, step: int, report: UpdateReport, rollouts: Sequence[Rollout]) -> None:
         """Write the step's metrics and times; evaluate on the held-out prompts when it is time to."""

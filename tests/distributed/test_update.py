@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_mopd.config import ParallelSpec, RunConfig
-from megatron_mopd.packing import pack, plan_microbatches
+from megatron_mopd.packing import pack_step
 from megatron_mopd.parallel import cpu
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -40,25 +40,14 @@ def one_update(config: RunConfig, folder: Path, ratio: float = 0.0) -> dict:
     sources = {name: (read_architecture(folder / name), folder / name) for name in config.teachers}
     bank = TeacherBank(config, sources, world)
     student = Student(config, arch, world, folder / "student")
-    rollouts = tiny.rollouts(DOMAINS)
-    plans = plan_microbatches(
-        [len(r.token_ids) for r in rollouts],
-        [config.domains[r.domain].teacher for r in rollouts],
-        order=bank.names or (None,),
-        ranks=world.data.size,
-        max_tokens=config.optim.max_tokens_per_microbatch,
+    batches = pack_step(
+        tiny.rollouts(DOMAINS),
+        config,
+        data_rank=world.data.rank,
+        data_ranks=world.data.size,
+        multiple_of=world.tensor.size,
+        device=world.device,
     )
-    batches = [
-        pack(
-            [rollouts[i] for i in plan.members[world.data.rank]],
-            plan.teacher,
-            domain_names=config.domain_names,
-            aggregation=config.objective.aggregation,
-            multiple_of=world.tensor.size,
-            device=world.device,
-        )
-        for plan in plans
-    ]
     report = student.update(batches, bank.score(batches), bank.heads(), step=0)
     weights = {name: tensor.clone() for name, tensor in student.hf_weights()}
     stop_world()

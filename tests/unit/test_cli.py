@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mopd import cli, preflight
+from megatron_mopd import cli, launch, preflight
 from megatron_mopd.config import RunConfig
 
 GOOD = """\
@@ -40,8 +40,8 @@ def config_file(tmp_path: Path) -> Path:
 def launchable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out what needs a model on disk: these tests are about what comes before and after."""
     monkeypatch.setattr(preflight, "check", lambda config, world_size: None)
-    monkeypatch.setattr(cli, "PRELOAD", ())
-    monkeypatch.setattr(cli, "resolve_folder", lambda name, key: Path(name))
+    monkeypatch.setattr(preflight, "check_evaluation", lambda config, checkpoint, world_size: None)
+    monkeypatch.setattr(launch, "PRELOAD", ())
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
