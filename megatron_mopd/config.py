@@ -267,6 +267,8 @@ class RunConfig:
         names = ", ".join(self.teachers) or "none"
         if self.stage != "mopd":
             _require(not self.teachers, f"teachers: not used in stage '{self.stage}'; remove them")
+            for name, domain in self.domains.items():
+                _require(domain.teacher is None, f"domains.{name}.teacher: not used in stage '{self.stage}'; remove it")
             return
         for name, domain in self.domains.items():
             if domain.teacher is None:
@@ -289,8 +291,22 @@ class RunConfig:
             raise ConfigError("domains: an outcome reward needs a verifier other than 'none' in every domain")
         if outcome and self.rollout.temperature == 0:
             raise ConfigError("rollout.temperature: group-normalised rewards need temperature > 0")
+        self._check_unused()
         updates = self.optim.updates_per_step
         _require(updates <= self.prompts_per_step, "optim.updates_per_step: more than prompts_per_step")
+
+    def _check_unused(self) -> None:
+        """A value that would change nothing is a misunderstanding: say so instead of ignoring it."""
+        kind, spec = self.objective.kind, self.objective
+        if spec.outcome_weight > 0 and kind != "sampled":
+            raise ConfigError(f"objective.outcome_weight: only the kind 'sampled' has an outcome term, not '{kind}'")
+        if spec.dynamic_sampling and kind != "grpo":
+            raise ConfigError(f"objective.dynamic_sampling: only for the kind 'grpo', not '{kind}'")
+        if self.stage == "sft" and self.rollout.samples_per_prompt != 1:
+            raise ConfigError("rollout.samples_per_prompt: stage 'sft' has one reference answer a prompt; set it to 1")
+        for name, domain in self.domains.items():
+            if domain.wrong_answers > 0 and self.stage != "sft":
+                raise ConfigError(f"domains.{name}.wrong_answers: only in stage 'sft', not '{self.stage}'")
 
     @property
     def domain_names(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import VocabShard, linear_divergence, token_logprob
 from megatron_mopd import losses
-from megatron_mopd.config import ObjectiveSpec
+from megatron_mopd.config import RunConfig
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.model import forward_hidden, output_weight
 from megatron_mopd.types import NO_SCORES, MicroBatch, TeacherScores
@@ -101,10 +101,13 @@ def score(
 class LossStep:
     """The objective at the last pipeline stage: from hidden states to Megatron's (sum, units, report)."""
 
-    def __init__(self, objective: ObjectiveSpec, vocab_size: int, num_domains: int, world: World):
+    def __init__(self, config: RunConfig, vocab_size: int, world: World):
+        objective = config.objective
         self._objective = objective
         self._vocab_size = vocab_size
-        self._num_domains = num_domains
+        self._num_domains = len(config.domains)
+        # GRPO's ratio is to the distribution that was sampled from; the other objectives are about p itself.
+        self._temperature = config.rollout.temperature if objective.kind == "grpo" else 1.0
         self._world = world
         self.metrics = METRICS[objective.kind]
 
@@ -149,7 +152,7 @@ class LossStep:
             assert teacher.hidden is not None and batch.teacher is not None
             stats = linear_divergence(rows, weight, teacher.hidden, heads[batch.teacher], shard=shard)
             return losses.full_vocab(stats.divergence, batch.weights), stats.student_entropy
-        tokens = token_logprob(rows, weight, batch.targets, shard=shard)
+        tokens = token_logprob(rows, weight, batch.targets, shard=shard, temperature=self._temperature)
         if spec.kind == "sampled":
             assert teacher.logprobs is not None
             loss = losses.sampled(

@@ -41,7 +41,7 @@ class Student:
         else:
             load_hf(self.model, arch, source, world)
         self.ddp, self.optimizer = wrap(self.model, config.optim)
-        self._loss = LossStep(config.objective, arch.vocab_size, len(config.domains), world)
+        self._loss = LossStep(config, arch.vocab_size, world)
 
     def update(
         self,

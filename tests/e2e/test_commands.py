@@ -76,6 +76,19 @@ def test_eval_and_export_agree(runs: Path) -> None:
     assert [record["step"] for record in logged] == [0]
 
 
+def test_grpo_compares_with_the_distribution_that_was_sampled(models: Path, tmp_path: Path) -> None:
+    tree = run_tree(models, tmp_path / "run") | {"stage": "rl", "steps": 1, "objective": {"kind": "grpo"}}
+    del tree["teachers"]
+    for domain in tree["domains"].values():
+        del domain["teacher"]
+    tree["rollout"] = {"samples_per_prompt": 4, "temperature": 0.5, "top_p": 0.9}
+    result = mopd("run", str(write_run(tmp_path / "run.yaml", tree)))
+    assert result.returncode == 0, result.stderr
+    record = read_records(tmp_path / "run" / "metrics.jsonl")[0]
+    assert record["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert record["clip_share"] == 0.0
+
+
 def test_resuming_with_another_teacher_is_refused(models: Path, runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "plain", tmp_path / "run")
     tree = run_tree(models, tmp_path / "run") | {"steps": STEPS + 1}

@@ -401,3 +401,19 @@ def test_reading_a_configuration_imports_no_torch() -> None:
     heavy = "{'torch', 'megatron', 'transformers'} & set(sys.modules)"
     code = f"import sys, megatron_mopd.config; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "message"),
+    [
+        (MOPD, ["objective={kind: full_vocab, outcome_weight: 0.5}"], "objective.outcome_weight"),
+        (MOPD, ["objective={kind: sampled, dynamic_sampling: true}"], "objective.dynamic_sampling"),
+        (RL, ["domains.a.wrong_answers=0.5"], "domains.a.wrong_answers"),
+        (SFT, ["rollout.samples_per_prompt=2"], "rollout.samples_per_prompt"),
+        (SFT, ["domains.a.teacher=a"], "domains.a.teacher"),
+    ],
+)
+def test_a_value_that_would_change_nothing_is_refused(
+    tmp_path: Path, stage: str, overrides: list[str], message: str
+) -> None:
+    assert _error(tmp_path, stage, *overrides).startswith(f"{tmp_path}/run.yaml: {message}: ")
