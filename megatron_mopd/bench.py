@@ -3,7 +3,7 @@
     python -m megatron_mopd.bench step CONFIG [--steps 20] [key.path=value ...]
 
 The run is the real one (`megatron_mopd.train`), in a temporary folder. A checkpoint that is not there, or is called
-`random`, is replaced by random weights: then no answer ends before `max_response_tokens`, the longest case.
+`random`, is replaced by random weights: then few answers end before `max_response_tokens`.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench_step(config: RunConfig, steps: int, folder: Path) -> int:
     """Train for a few steps and print the median seconds and tokens/s of each phase."""
     from megatron_mopd import preflight
-    from megatron_mopd.launch import run_ranks
+    from megatron_mopd.launch import launch
     from megatron_mopd.metrics import read_records
-    from megatron_mopd.train import train
 
     config = _for_bench(config, steps, folder)
     ranks = world_size(config.parallel)
     preflight.check(config, ranks)
-    outcome = run_ranks(train, (config,), ranks=ranks, port=config.parallel.port)
+    outcome = launch(config, _train)
     if outcome.exit_code:
         return outcome.exit_code
     records = read_records(Path(config.run_dir) / "metrics.jsonl")[WARMUP_STEPS:]
@@ -66,6 +65,12 @@ def bench_step(config: RunConfig, steps: int, folder: Path) -> int:
         rate = statistics.median(record[f"tokens_per_second/{phase}"] for record in records)
         print(f"{rate:,.0f} {what}")
     return 0
+
+
+def _train(config: RunConfig) -> None:
+    from megatron_mopd.train import train  # on the rank: the launcher must not load what may touch a GPU
+
+    train(config)
 
 
 def _for_bench(config: RunConfig, steps: int, folder: Path) -> RunConfig:

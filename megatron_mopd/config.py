@@ -7,6 +7,7 @@ shape are in `preflight.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,8 +197,7 @@ class ParallelSpec:
     @property
     def default_ranks(self) -> int:
         """The fewest ranks with this layout: experts fold over tensor and data ranks."""
-        stage = max(self.tensor, self.expert)
-        return self.ranks or self.pipeline * stage
+        return self.pipeline * math.lcm(self.tensor, self.expert)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,4 +345,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, every default included; `load_config` reads it back."""
-    path.write_text(dump_yaml(config), encoding="utf-8")
+    try:
+        path.write_text(dump_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}; free some space and resume") from None

@@ -6,9 +6,11 @@ the demo's own. A stage that is complete is not run again, so an interrupted dem
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +19,12 @@ from rich.console import Console
 from megatron_mopd import preflight
 from megatron_mopd.config import RunConfig, load_config
 from megatron_mopd.environment import world_size
+from megatron_mopd.hub import resolve_folder
 from megatron_mopd.launch import launch
 from megatron_mopd.report import Comparison, accuracy_table, plot_demo, read_series, write_summary
 from megatron_mopd.student.checkpoint_files import find_latest, read_manifest
+from megatron_mopd.student.hf_files import content_hash
+from megatron_mopd.yaml_config import ConfigError, dump_yaml
 
 BASE, STUDENT = "sft", "mopd"
 
@@ -33,6 +38,12 @@ class Stage:
     def checkpoint(self) -> str:
         return f"{self.config.run_dir}/checkpoints/latest"
 
+    def fingerprint(self) -> str:
+        """Of the configuration and of the weights it starts from and learns from."""
+        inputs = [self.config.model.checkpoint, *(teacher.checkpoint for teacher in self.config.teachers.values())]
+        hashes = [content_hash(resolve_folder(path, self.name)) for path in inputs if path]
+        return hashlib.sha256("\n".join([dump_yaml(self.config), *hashes]).encode()).hexdigest()
+
     def is_complete(self) -> bool:
         latest = find_latest(Path(self.config.run_dir))
         return latest is not None and read_manifest(latest).step >= self.config.steps
@@ -42,24 +53,26 @@ def run_demo(config_dir: Path, run_dir: Path, overrides: Sequence[str]) -> int:
     """Run what is missing of the demo and print its table. Returns the exit code; raises ConfigError."""
     console = Console()
     stages = _stages(config_dir, run_dir, overrides)
-    seconds = _Seconds(run_dir / "seconds.json")
+    state = _State(run_dir / "demo.json")
     for number, stage in enumerate(stages, start=1):
         heading = f"[{number}/{len(stages) + 1}] {stage.name}"
+        state.check(stage, run_dir)
         if stage.is_complete():
             console.print(f"{heading}: already complete", markup=False, highlight=False)
             continue
         console.print(heading, markup=False, highlight=False)
-        with seconds.of(stage.name):
+        with state.timed(stage.name):
             preflight.check(stage.config, world_size(stage.config.parallel))
             outcome = launch(stage.config, _train)
         if outcome.exit_code:
             return outcome.exit_code
     console.print(f"[{len(stages) + 1}/{len(stages) + 1}] eval", markup=False, highlight=False)
-    with seconds.of("eval"):
+    state.seconds.pop("eval", None)
+    with state.timed("eval"):
         outcome = launch(stages[-1].config, _evaluate, {stage.name: stage.checkpoint for stage in stages})
     if outcome.exit_code:
         return outcome.exit_code
-    _report(console, run_dir, stages, outcome.result, seconds.all)
+    _report(console, run_dir, stages, outcome.result, state.seconds)
     return 0
 
 
@@ -97,27 +110,38 @@ def _evaluate(config: RunConfig, checkpoints: dict[str, str]) -> dict[str, dict[
     return evaluate_checkpoints(config, checkpoints)
 
 
-class _Seconds:
-    """Seconds of each stage, kept on disk so that an interrupted demo reports the sum of its parts."""
+class _State:
+    """What an interrupted demo remembers: what each stage was made of, and the seconds spent on it so far."""
 
     def __init__(self, path: Path):
         self._path = path
-        self.all: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        self._name, self._started = "", 0.0
+        saved = json.loads(path.read_text()) if path.exists() else {"seconds": {}, "fingerprints": {}}
+        self.seconds: dict[str, float] = saved["seconds"]
+        self._fingerprints: dict[str, str] = saved["fingerprints"]
 
-    def of(self, name: str) -> _Seconds:
-        if name == "eval":
-            self.all.pop(name, None)
-        self._name = name
-        return self
+    def check(self, stage: Stage, run_dir: Path) -> None:
+        """Raise ConfigError when the stage was made, or begun, with other settings or from other weights."""
+        known = self._fingerprints.setdefault(stage.name, stage.fingerprint())
+        if known != stage.fingerprint():
+            raise ConfigError(
+                f"{run_dir}: its stage {stage.name} was run with another configuration or from other weights; "
+                "name another --run-dir, or delete this one"
+            )
+        self._write()
 
-    def __enter__(self) -> None:
-        self._started = time.monotonic()
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to those of `name`, also when it is interrupted."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self._write()
 
-    def __exit__(self, *unused: object) -> None:
-        self.all[self._name] = self.all.get(self._name, 0.0) + time.monotonic() - self._started
+    def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self.all))
+        self._path.write_text(json.dumps({"seconds": self.seconds, "fingerprints": self._fingerprints}))
 
 
 def _report(

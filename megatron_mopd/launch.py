@@ -80,7 +80,10 @@ def run_ranks(
             for module in preload:
                 importlib.import_module(module)
         if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                log_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"run_dir: {log_dir} cannot be written: {error.strerror}") from None
         jobs = [
             RankJob(
                 function=function,

@@ -29,7 +29,7 @@ class Loss:
 def cross_entropy(student_logprobs: Tensor, weights: Tensor) -> Loss:
     """-log p(y): supervised fine-tuning on reference answers."""
     loss = -student_logprobs
-    return Loss((weights * loss).sum(), {"loss": loss.detach()})
+    return Loss((weights * loss).sum(), {"token_loss": loss.detach()})
 
 
 def grpo(
@@ -51,7 +51,7 @@ def grpo(
     is_clipped = (clipped * advantages < ratio * advantages).float()
     return Loss(
         (weights * loss).sum(),
-        {"loss": loss.detach(), "clip_share": is_clipped, "ratio": ratio.detach()},
+        {"token_loss": loss.detach(), "clip_share": is_clipped, "ratio": ratio.detach()},
     )
 
 
@@ -76,7 +76,7 @@ def sampled(
     return Loss(
         (weights * loss).sum(),
         {
-            "loss": loss.detach(),
+            "token_loss": loss.detach(),
             "reverse_kl": -gap,  # the one-sample ("k1") estimate of it
             "advantage": advantages,
             "clip_share": (clipped != gap).float(),
@@ -86,4 +86,4 @@ def sampled(
 
 def full_vocab(divergence: Tensor, weights: Tensor) -> Loss:
     """sum_v p(v) log(p(v) / q(v)): MOPD Eq. 1 without sampling the token, as in DeepSeek-V4 (arXiv 2606.19348)."""
-    return Loss((weights * divergence).sum(), {"loss": divergence.detach(), "reverse_kl": divergence.detach()})
+    return Loss((weights * divergence).sum(), {"token_loss": divergence.detach(), "reverse_kl": divergence.detach()})

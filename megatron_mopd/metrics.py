@@ -53,6 +53,7 @@ class MetricLog:
             ConfigError: W&B is asked for and not installed (on every rank).
         """
         check_log(log)
+        self._folder = run_dir
         self._sinks: list[_Sink] = []
         if rank != 0:
             return
@@ -72,8 +73,13 @@ class MetricLog:
 
     def step(self, step: int, values: Mapping[str, float], kind: Kind = "train") -> None:
         """Record `values` of one step, or of one evaluation. Nothing happens on ranks other than 0."""
-        for sink in self._sinks:
-            sink.write(step, values, kind)
+        try:
+            for sink in self._sinks:
+                sink.write(step, values, kind)
+        except OSError as error:
+            raise ConfigError(
+                f"{self._folder}: metrics cannot be written: {error.strerror}; free some space and resume"
+            ) from None
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -5,7 +5,7 @@ Each mistake is one `ConfigError` that names the key or the file and the remedy.
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +78,11 @@ def check_evaluation(config: RunConfig, checkpoint: str, world_size: int) -> Non
 
 
 def _check_vocabulary(inputs: Inputs) -> None:
-    size, limit = inputs.tokenizer.vocab_size, inputs.arch.vocab_size
-    if size > limit:
+    highest, limit = max(*inputs.tokenizer.vocabulary.values(), *inputs.tokenizer.stop_ids), inputs.arch.vocab_size
+    if highest >= limit:
         raise ConfigError(
-            f"{inputs.model_folder}: the tokenizer has {size} tokens, config.json's vocab_size is {limit}; "
-            "use the model's own tokenizer"
+            f"{inputs.model_folder}: the tokenizer or generation_config.json has token id {highest}, config.json's "
+            f"vocab_size is {limit}; use the model's own tokenizer"
         )
 
 
@@ -119,13 +119,15 @@ def _check_lengths(config: RunConfig, arch: Architecture) -> None:
 
 def _check_data(config: RunConfig, tokenizer: Tokenizer) -> None:
     mixer = DomainMixer(config, tokenizer)
-    mixer.draw(1)
-    for name in config.domains:
-        mixer.held_out(name)
+    mixer.check()
 
 
 def _check_run_folder(config: RunConfig) -> None:
     folder = Path(config.run_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"run_dir: {folder} cannot be written ({existing}); choose another folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass  # asking for the permission is not enough: root has it everywhere, also in /proc
+    except OSError as error:
+        reason = f"{existing}: {error.strerror}"
+        raise ConfigError(f"run_dir: {folder} cannot be written ({reason}); choose another folder") from None

@@ -115,7 +115,7 @@ def _set_environment(job: RankJob) -> None:
 def _redirect(log_file: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 
 from megatron_mopd.config import RunConfig, save_config
@@ -21,6 +22,7 @@ from megatron_mopd.rollout.answers import ReferenceAnswers
 from megatron_mopd.rollout.collect import Collector, rollout_metrics
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.in_process import InProcessEngine
+from megatron_mopd.run_identity import check_same_run, lock_run_folder, run_identity
 from megatron_mopd.student import checkpoint
 from megatron_mopd.student.student import Student
 from megatron_mopd.student.weight_stream import export_hf
@@ -36,9 +38,10 @@ class Run:
     def __init__(self, config: RunConfig):
         self.config = config
         self.folder = Path(config.run_dir)
-        self.timer = PhaseTimer()
         self.inputs: Inputs = resolve_inputs(config)
         self.world = start_world(config.parallel, config.seed)
+        self.timer = PhaseTimer(torch.cuda.synchronize if self.world.device.type == "cuda" else None)
+        self._lock = self.world.on_main(lambda: lock_run_folder(self.folder))
         self.mixer = DomainMixer(config, self.inputs.tokenizer)
         self.teachers = TeacherBank(config, self.inputs.teachers, self.world)
         self._teacher_manifest = teacher_manifest(config, self.inputs, self.world)
@@ -54,9 +57,7 @@ class Run:
         self.engine.load_weights(self.student.hf_weights(), version=self.student.num_updates)
 
     def __enter__(self) -> Self:
-        if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.folder / "config.yaml")
+        self.world.on_main(lambda: save_config(self.config, self.folder / "config.yaml"))
         self.log = MetricLog(self.folder, self.config.log, rank=self.world.rank, resume_step=self.first_step)
         title = f"{self.config.stage} {self.folder.name}"
         self.progress = Progress(title, total=self.config.steps, rank=self.world.rank, start=self.first_step)
@@ -75,15 +76,27 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.progress.__exit__(kind, error, traceback)
-        self.log.close()
         if kind is None:
+            self.log.close()
             stop_world()
+        if self._lock is not None:
+            self._lock.close()
 
-    def updates(self, rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
-        """The rollouts of each optimizer update of this step; one part, unless `optim.updates_per_step` says more."""
-        parts = min(self.config.optim.updates_per_step, len(rollouts))
+    def updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[Sequence[Rollout]]:
+        """The rollouts of each optimizer update of this step; one part, unless `optim.updates_per_step` says more.
+
+        Parts are cut from the shuffled prompts: domains come interleaved, and a stride would sort them apart. The
+        samples of a prompt stay together.
+        """
+        prompts = list(dict.fromkeys(rollout.prompt.id for rollout in rollouts))
+        parts = min(self.config.optim.updates_per_step, len(prompts))
+        if parts == 1:
+            yield rollouts
+            return
+        order = np.random.default_rng([self.config.seed, step]).permutation(len(prompts))
+        part_of = {prompts[index]: place * parts // len(prompts) for place, index in enumerate(order)}
         for part in range(parts):
-            yield rollouts[part::parts]
+            yield [rollout for rollout in rollouts if part_of[rollout.prompt.id] == part]
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches; on every rank as many, with the same teachers in the same order."""
@@ -96,20 +109,20 @@ class Run:
             device=self.world.device,
         )
 
-    def log_step(self, step: int, report: UpdateReport, rollouts: Sequence[Rollout]) -> None:
-        """Write the step's metrics and times; evaluate on the held-out prompts when it is time to."""
+    def log_step(self, step: int, reports: Sequence[UpdateReport], rollouts: Sequence[Rollout]) -> None:
+        """Write the step's metrics (means over its updates) and times; evaluate when it is time to."""
+        report = UpdateReport.mean(reports)
         generated = sum(int(rollout.loss_mask.sum()) for rollout in rollouts)
         processed = sum(len(rollout.token_ids) for rollout in rollouts)
+        scored = {"teacher": processed} if self.config.teachers else {}
         metrics = {
-            "loss": report.loss,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
             **report.metrics,
             **rollout_metrics(rollouts, self.config.domain_names),
+            **self.collector.sampling_metrics,
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
-            **self.timer.take(
-                tokens={"rollout": generated, "teacher": processed, "update": processed, "total": processed}
-            ),
+            **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
         self.log.step(step, metrics)
         self.progress.update(step + 1, metrics)
@@ -122,6 +135,7 @@ class Run:
     def save(self, steps_done: int) -> None:
         """Checkpoint everything that the rest of the run depends on. Collective."""
         state = {
+            "run": run_identity(self.config, self.inputs.tokenizer),
             "num_updates": self.student.num_updates,
             "mixer": self.mixer.state_dict(),
             "teachers": self._teacher_manifest,
@@ -141,6 +155,7 @@ class Run:
 
     def _resume(self, path: Path) -> int:
         manifest = checkpoint.read_manifest(path)
+        check_same_run(manifest.state["run"], run_identity(self.config, self.inputs.tokenizer), path)
         check_same_teachers(manifest.state["teachers"], self._teacher_manifest, path)
         checkpoint.load(path, self.student.ddp, self.student.optimizer, self.world)
         self.student.num_updates = manifest.state["num_updates"]

@@ -19,15 +19,16 @@ def train(config: RunConfig) -> None:
         for step in range(run.first_step, config.steps):
             with run.timer("rollout"):
                 rollouts = run.collector.collect(step)
-            for part in run.updates(rollouts):
+            reports = []
+            for part in run.updates(rollouts, step):
                 batches = run.pack(part)
                 with run.timer("teacher"):
                     scores = run.teachers.score(batches)
                 with run.timer("update"):
-                    report = run.student.update(batches, scores, run.teachers.heads(), step)
+                    reports.append(run.student.update(batches, scores, run.teachers.heads(), step))
             with run.timer("sync"):
                 run.engine.load_weights(run.student.hf_weights(), version=run.student.num_updates)
-            run.log_step(step, report, rollouts)
+            run.log_step(step, reports, rollouts)
             stopping = run.world.any(stop.requested)
             if stopping or run.is_checkpoint_due(step + 1):
                 run.save(step + 1)

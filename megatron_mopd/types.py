@@ -9,7 +9,7 @@ The one shift to next-token prediction happens in `packing.py` and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -141,7 +141,23 @@ class UpdateReport:
     grad_norm: float
     lr: float
     metrics: Mapping[str, float]
-    """'<metric>/<domain>' and '<metric>' over all domains."""
+    """'<metric>/<domain>' and '<metric>' over all domains, 'loss' among them."""
+
+    @classmethod
+    def mean(cls, reports: Sequence[UpdateReport]) -> UpdateReport:
+        """Of the updates of one step; a metric that only some of them have is the mean over those."""
+        names = dict.fromkeys(name for report in reports for name in report.metrics)
+        metrics = {name: _mean([r.metrics[name] for r in reports if name in r.metrics]) for name in names}
+        return cls(
+            loss=_mean([r.loss for r in reports]),
+            grad_norm=_mean([r.grad_norm for r in reports]),
+            lr=reports[-1].lr,
+            metrics=metrics,
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -78,6 +78,12 @@ class DomainMixer:
             )
         return prompts
 
+    def check(self) -> None:
+        """Raise ConfigError for a domain that has no usable prompt to train on, or none to evaluate with."""
+        for name, feed in self._feeds.items():
+            feed.next(DomainState())
+            self.held_out(name)
+
     def counts(self) -> dict[str, dict[str, int]]:
         """Since the run began, by domain: prompts drawn, and candidates left out and why."""
         names = ("drawn", "too_long", "held_out_skipped")

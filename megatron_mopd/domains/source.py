@@ -196,6 +196,8 @@ def _parse_line(raw: bytes, where: str, domain: str, needs_answer: bool) -> Item
     if not isinstance(answer, str):
         problem = "is missing" if "answer" not in line else f"must be a string, got {answer!r}"
         raise ConfigError(f'{where}: "answer" {problem}')
+    if needs_answer and not answer.strip():
+        raise ConfigError(f'{where}: "answer" is empty; give the reference answer, or use verifier none')
     return Item(messages=_parse_messages(line, where), answer=answer, record=line)
 
 

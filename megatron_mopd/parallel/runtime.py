@@ -6,9 +6,10 @@ import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch.distributed import ProcessGroup
 from megatron_mopd.config import ParallelSpec, check_layout
 from megatron_mopd.parallel import cpu
 from megatron_mopd.yaml_config import ConfigError
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -67,6 +70,19 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
 
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """The result of `action`, called on rank 0 only; None elsewhere. A ConfigError is raised on every rank."""
+        result, message = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except ConfigError as error:
+                message = str(error)
+        message = self.all_gather_objects(message)[0]
+        if message is not None:
+            raise ConfigError(message)
+        return result
+
     def sum(self, tensor: Tensor) -> Tensor:
         """In-place sum over all ranks."""
         dist.all_reduce(tensor)
@@ -82,7 +98,7 @@ def start_world(parallel: ParallelSpec, seed: int) -> World:
     if cuda:
         if importlib.util.find_spec("transformer_engine") is None:
             raise ConfigError("Transformer Engine is not installed, which the GPU path needs: pip install '.[gpu]'")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu())
     cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -109,6 +125,18 @@ def start_world(parallel: ParallelSpec, seed: int) -> World:
         data=_axis(parallel_state.get_data_parallel_group()),
         expert=_axis(parallel_state.get_expert_model_parallel_group()),
     )
+
+
+def _own_gpu() -> int:
+    """LOCAL_RANK, except where the job's launcher shows each rank only its own GPU (`--gpus-per-task=1`)."""
+    local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if visible == 1:
+        return 0
+    if local >= visible:
+        raise ConfigError(
+            f"parallel.ranks: rank {local} of this machine has no GPU, {visible} are visible; start fewer"
+        )
+    return local
 
 
 def _axis(group: ProcessGroup) -> Axis:

@@ -16,6 +16,7 @@ from megatron_mopd.parallel.runtime import World
 from megatron_mopd.rollout.engine import RolloutEngine, Sampling
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Prompt, Rollout
+from megatron_mopd.yaml_config import ConfigError
 
 REPETITIVE = 10.0
 """A response is called repetitive when zlib makes its token ids this many times smaller."""
@@ -32,22 +33,32 @@ class Collector:
         self._engine = engine
         self._tokenizer = tokenizer
         self._world = world
+        self.sampling_metrics: dict[str, float] = {}
+        """Of the last `collect` with dynamic sampling: what was sampled, before groups without signal were left out."""
 
     def collect(self, step: int) -> list[Rollout]:
         """The rollouts of `step`: what they are depends on (seed, step) and the weights, not on the layout."""
         config = self._config
         rounds = config.objective.max_sampling_rounds if config.objective.dynamic_sampling else 1
         kept: list[Rollout] = []
+        sampled: list[Rollout] = []
         for attempt in range(rounds):
             missing = config.prompts_per_step - len(kept) // config.rollout.samples_per_prompt
             prompts = self._mixer.draw(missing)
             rollouts = self.sample(prompts, seed=config.seed * 1_000_003 + step * rounds + attempt)
             if config.needs_outcome:
                 rollouts = group_advantages(rollouts, config.objective.normalise_by_std)
+            sampled += rollouts
             last = attempt == rounds - 1
             kept += rollouts if rounds == 1 or (last and not kept) else _with_signal(rollouts)
             if len(kept) >= config.prompts_per_step * config.rollout.samples_per_prompt:
                 break
+        if rounds > 1:
+            names = config.domain_names
+            self.sampling_metrics = {
+                f"sampled_{k}": v for k, v in rollout_metrics(sampled, names).items() if "reward" in k
+            }
+            self.sampling_metrics["dropped_rollouts"] = float(len(sampled) - len(kept))
         return kept
 
     def sample(
@@ -63,12 +74,22 @@ class Collector:
             sampling=sampling,
             seed=seed,
         )
-        rollouts = verify(rollouts, self._config, self._tokenizer)
-        return _share(rollouts, prompts, self._world)
+        try:
+            rollouts, problem = verify(rollouts, self._config, self._tokenizer), None
+        except ConfigError as error:  # of one rank's prompt: the others must hear of it, not wait for it
+            rollouts, problem = [], str(error)
+        return _share(rollouts, problem, prompts, self._world)
 
 
-def _share(own: Sequence[Rollout], prompts: Sequence[Prompt], world: World) -> list[Rollout]:
-    """All ranks' rollouts in prompt order. Prompts are on every rank already and do not travel."""
+def _share(own: Sequence[Rollout], problem: str | None, prompts: Sequence[Prompt], world: World) -> list[Rollout]:
+    """All ranks' rollouts in prompt order, or the first rank's problem as a ConfigError on all of them.
+
+    Prompts are on every rank already and do not travel.
+    """
+    problems = [problem] if world.size == 1 else world.all_gather_objects(problem)
+    for message in problems:
+        if message is not None:
+            raise ConfigError(message)
     if world.size == 1:
         return list(own)
     place = {prompt.id: index for index, prompt in enumerate(prompts)}

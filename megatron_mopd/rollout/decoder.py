@@ -219,7 +219,11 @@ class Decoder:
         return (down * weights.unsqueeze(-1)).sum(dim=1)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self._norm(x, self.weights.final_norm), self.weights.head).float()
+        """[U, V] fp32: rounded to bf16, logits near 30 would be off by 0.06, and sampling with them."""
+        x, head = self._norm(x, self.weights.final_norm), self.weights.head
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, head.t(), out_dtype=torch.float32)
+        return F.linear(x.float(), head.float())
 
 
 def _take(heads: Tensor, index: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Imports neither torch nor Megatron: the pre-flight checks and the rollout engine
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ def read_architecture(folder: Path) -> Architecture:
 
 def parse_architecture(raw: dict[str, Any], origin: str) -> Architecture:
     """Turn the contents of a config.json into an `Architecture`; `origin` is named in errors."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin}: expected a JSON object, got {type(raw).__name__}")
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(f"{origin}: model_type '{family}' is not supported; supported: {', '.join(FAMILIES)}")
@@ -72,7 +75,7 @@ def parse_architecture(raw: dict[str, Any], origin: str) -> Architecture:
             raise ConfigError(f"{origin}: {key}={raw.get(key)!r} is not supported by this program")
     moe = family == "qwen3_moe"
     try:
-        return Architecture(
+        arch = Architecture(
             family=family,
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
@@ -93,6 +96,15 @@ def parse_architecture(raw: dict[str, Any], origin: str) -> Architecture:
         )
     except KeyError as error:
         raise ConfigError(f"{origin}: missing key {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{origin}: a number is expected: {error}") from None
+    for field in dataclasses.fields(arch):
+        value = getattr(arch, field.name)
+        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ConfigError(f"{origin}: {field.name}: expected a whole number, got {value!r}")
+        if field.type == "float" and not (isinstance(value, int | float) and value > 0):
+            raise ConfigError(f"{origin}: {field.name}: expected a number > 0, got {value!r}")
+    return arch
 
 
 def _num_experts(raw: dict[str, Any]) -> int:

@@ -20,12 +20,12 @@ from megatron_mopd.student.model import forward_hidden, output_weight
 from megatron_mopd.types import NO_SCORES, MicroBatch, TeacherScores
 
 METRICS = {
-    "cross_entropy": ("loss", "entropy"),
-    "grpo": ("loss", "entropy", "ratio", "clip_share"),
-    "sampled": ("loss", "entropy", "reverse_kl", "advantage", "clip_share"),
-    "full_vocab": ("loss", "entropy", "reverse_kl"),
+    "cross_entropy": ("token_loss", "entropy"),
+    "grpo": ("token_loss", "entropy", "ratio", "clip_share"),
+    "sampled": ("token_loss", "entropy", "reverse_kl", "advantage", "clip_share"),
+    "full_vocab": ("token_loss", "entropy", "reverse_kl"),
 }
-"""objective kind -> the per-token quantities that are reported, averaged per domain; "loss" comes first."""
+"""objective kind -> the per-token quantities that are reported, averaged per domain; the loss comes first."""
 
 
 def vocab_shard(model: GPTModel, vocab_size: int, world: World) -> VocabShard:
@@ -180,6 +180,6 @@ class LossStep:
         """[len(metrics) + 3, domains] sums over the rows of one micro-batch."""
         per_token = [rows[name] for name in self.metrics]
         ones = torch.ones_like(batch.weights)
-        values = torch.stack([*per_token, ones, batch.weights * rows["loss"], batch.weights])
+        values = torch.stack([*per_token, ones, batch.weights * rows["token_loss"], batch.weights])
         sums = torch.zeros(len(self.metrics) + 3, self._num_domains, dtype=torch.float64, device=values.device)
         return sums.index_add_(1, batch.domain_index, values.double())

@@ -66,7 +66,7 @@ class Student:
         _, grad_norm, _ = self.optimizer.step()
         self.num_updates += 1
         metrics = self._report(self._world.sum(sums))
-        return UpdateReport(loss=metrics["objective"], grad_norm=float(grad_norm or 0.0), lr=lr, metrics=metrics)
+        return UpdateReport(loss=metrics["loss"], grad_norm=float(grad_norm or 0.0), lr=lr, metrics=metrics)
 
     @torch.no_grad()
     def measure(
@@ -101,16 +101,17 @@ class Student:
         )
 
     def _report(self, sums: Tensor) -> dict[str, float]:
-        """The table of `LossStep.run` -> {'<metric>[/<domain>]': mean over tokens}, and 'objective', the loss."""
+        """The table of `LossStep.run` -> {'<metric>[/<domain>]': mean over tokens}, and 'loss', what was minimised."""
         names = self._loss.metrics
         table = torch.cat([sums, sums.sum(1, keepdim=True)], dim=1)
-        per_token, (tokens, weighted_loss, units) = table[: len(names)], table[len(names) :]
-        means = (per_token / tokens.clamp(min=1)).tolist()
-        report = {"objective": float(weighted_loss[-1] / units[-1].clamp(min=1e-9))}
+        per_token, (tokens, weighted_loss, units) = table[: len(names)], table[len(names) :].tolist()
+        means = (per_token / table[len(names)].clamp(min=1)).tolist()
+        report = {"loss": weighted_loss[-1] / max(units[-1], 1e-9)}
         for metric, values in zip(names, means, strict=True):
-            for name, value in zip(self._config.domain_names, values[:-1], strict=True):
-                report[f"{metric}/{name}"] = value
+            for name, value, count in zip(self._config.domain_names, values, tokens, strict=False):
+                if count:  # a domain without a token in this batch has no mean, least of all 0
+                    report[f"{metric}/{name}"] = value
             report[metric] = values[-1]
-        for name, count in zip(self._config.domain_names, tokens.tolist(), strict=False):
-            report[f"token_share/{name}"] = count / max(1.0, tokens.tolist()[-1])
+        for name, count in zip(self._config.domain_names, tokens, strict=False):
+            report[f"token_share/{name}"] = count / max(1.0, tokens[-1])
         return report

@@ -49,6 +49,7 @@ class TeacherBank:
         self._world = world
         self._dtype = getattr(torch, config.model.dtype)
         self._slots: dict[Architecture, GPTModel] = {}
+        self._in_slot: dict[Architecture, str] = {}
         self._store: dict[str, Tensor] = {}
         self._teachers: dict[str, _Teacher] = {}
         for name, (arch, folder) in sources.items():
@@ -84,8 +85,11 @@ class TeacherBank:
         return scores
 
     def heads(self) -> dict[str, Tensor]:
-        """teacher -> [V_padded / TP, H_teacher] its output layer's shard; empty except on the last pipeline stage."""
-        if not self._world.is_last_stage:
+        """teacher -> [V_padded / TP, H_teacher] its output layer's shard, where the loss rebuilds logits from it.
+
+        Empty except for `full_vocab`, and there except on the last pipeline stage.
+        """
+        if not self._world.is_last_stage or self._config.objective.kind != "full_vocab":
             return {}
         heads = {}
         for name, teacher in self._teachers.items():
@@ -106,6 +110,9 @@ class TeacherBank:
         """The slot with this teacher's weights in it."""
         teacher = self._teachers[name]
         slot = self._slots[teacher.arch]
+        if self._in_slot.get(teacher.arch) == name:
+            return slot
+        self._in_slot[teacher.arch] = name
         for key, parameter in slot.named_parameters():
             shard = self._store[teacher.shards[key]]
             if parameter.is_cuda:

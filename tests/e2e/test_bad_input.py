@@ -47,6 +47,7 @@ def refused(tree: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], *ove
         (["domains.a.max_prompt_tokens=2"], ["domains.a", "max_prompt_tokens"]),
         (["objective.kind=grpo"], ["objective.kind", "full_vocab"]),
         (["model.checkpoint=configs"], ["model.checkpoint", "config.json"]),
+        (["run_dir=/proc/nowhere"], ["run_dir", "/proc/nowhere"]),
         (["log.wandb=project"], ["log.wandb", "wandb"]),
     ],
 )
@@ -102,11 +103,19 @@ def test_a_half_written_checkpoint(models: Path, tmp_path: Path, capsys: pytest.
     assert "teachers.a.checkpoint" in line and "incomplete" in line
 
 
+def test_a_stop_token_outside_the_vocabulary(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(models / "student", tmp_path / "student")
+    (tmp_path / "student" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 99999]}))
+    line = refused(run_tree(models, tmp_path / "run"), tmp_path, capsys, f"model.checkpoint={tmp_path}/student")
+    assert "99999" in line and "generation_config.json" in line
+
+
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
         (['{"prompt": "1+1", "answer": "2"}', '{"prompt": "1+2"'], ["data.jsonl:2"]),
         (['{"prompt": "1+1"}'], ["data.jsonl:1", "answer"]),
+        (['{"prompt": "1+1", "answer": " "}'], ["data.jsonl:1", "answer", "empty"]),
         ([], ["data.jsonl"]),
     ],
 )

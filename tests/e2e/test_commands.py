@@ -109,3 +109,25 @@ def test_a_teacher_that_is_the_student_is_refused_unless_allowed(models: Path, t
     assert "teachers.b" in result.stderr and "allow_identical_teacher=true" in result.stderr
     assert mopd("run", config, "allow_identical_teacher=true").returncode == 0
     assert read_records(tmp_path / "run" / "metrics.jsonl")[0]["reverse_kl/b"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_checkpoint_of_another_run_is_not_continued(models: Path, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    tree = run_tree(models, tmp_path / "run") | {"steps": STEPS + 1, "seed": 8}
+    result = mopd("run", str(write_run(tmp_path / "run.yaml", tree)))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "is of another run: seed was 7, is 8" in result.stderr
+
+
+def test_several_updates_a_step_see_every_domain(models: Path, tmp_path: Path) -> None:
+    tree = run_tree(models, tmp_path / "run") | {"steps": 2, "prompts_per_step": 36}
+    tree["optim"] |= {"updates_per_step": 3}
+    result = mopd("run", str(write_run(tmp_path / "run.yaml", tree)))
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "latest" / "manifest.json").read_text())
+    assert manifest["state"]["num_updates"] == 6
+    record = read_records(tmp_path / "run" / "metrics.jsonl")[0]
+    for domain in "abc":  # the mean over updates of a domain's share: 1/3 each, none of them without it
+        assert 0.2 < record[f"token_share/{domain}"] < 0.5
+        assert record[f"reverse_kl/{domain}"] > 0

@@ -355,7 +355,7 @@ def test_each_stage_has_a_valid_run(tmp_path: Path) -> None:
         ({}, 1),
         ({"tensor": 2, "pipeline": 2}, 4),
         ({"tensor": 2, "expert": 4}, 4),
-        ({"expert": 2, "ranks": 6}, 6),
+        ({"tensor": 2, "expert": 3}, 6),
     ],
 )
 def test_default_ranks_are_the_fewest_that_fit(tmp_path: Path, layout: dict[str, Any], ranks: int) -> None:

@@ -206,9 +206,9 @@ def test_wrong_answers_come_at_their_rate_and_keep_the_record(tokenizer: Tokeniz
     assert all(prompt.answer == prompt.record["answer"] for prompt in mixer.held_out("math"))
 
 
-def test_wrong_answers_are_for_sft_only(tokenizer: Tokenizer) -> None:
-    prompts = DomainMixer(run_config(three(wrong_answers=0.9), stage="rl"), tokenizer).draw(100)
-    assert all(prompt.answer == prompt.record["answer"] for prompt in prompts)
+def test_wrong_answers_are_for_sft_only() -> None:
+    with pytest.raises(ConfigError, match=r"domains\.math\.wrong_answers: only in stage 'sft', not 'rl'"):
+        run_config(three(wrong_answers=0.9), stage="rl")
 
 
 def test_wrong_answers_need_two_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:

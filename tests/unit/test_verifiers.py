@@ -54,7 +54,7 @@ def run_config(stage: Literal["sft", "rl"] = "rl", **domains: DomainSpec) -> Run
         domains=domains,
         optim=OptimSpec(lr=1e-3),
         objective=ObjectiveSpec(kind="grpo" if stage == "rl" else "cross_entropy"),
-        rollout=RolloutSpec(samples_per_prompt=2),
+        rollout=RolloutSpec(samples_per_prompt=2 if stage == "rl" else 1),
     )
 
 

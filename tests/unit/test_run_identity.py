@@ -1,0 +1,75 @@
+"""A run folder is one run's: what may change on resume, what may not, and that two never share it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mopd.config import DomainSpec, ModelSpec, ObjectiveSpec, OptimSpec, RunConfig, SourceSpec
+from megatron_mopd.run_identity import check_same_run, lock_run_folder, run_identity
+from megatron_mopd.tokenizer import Tokenizer
+from megatron_mopd.yaml_config import ConfigError
+
+MODEL = Path(__file__).parents[2] / "configs" / "tiny" / "model"
+CONFIG = RunConfig(
+    run_dir="r",
+    stage="sft",
+    steps=3,
+    prompts_per_step=4,
+    model=ModelSpec(hf_config=str(MODEL)),
+    domains={"a": DomainSpec(source=SourceSpec(reasoning_gym="chain_sum", params={"max_digits": 2}))},
+    objective=ObjectiveSpec(kind="cross_entropy"),
+    optim=OptimSpec(lr=1e-3),
+)
+
+
+def identity(config: RunConfig) -> dict:
+    return json.loads(json.dumps(run_identity(config, Tokenizer.load(MODEL))))
+
+
+def test_length_speed_and_layout_may_change(tmp_path: Path) -> None:
+    longer = dataclasses.replace(CONFIG, steps=9, run_dir="moved", optim=OptimSpec(lr=1.0))
+    check_same_run(identity(CONFIG), identity(longer), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"seed": 7}, "seed was 0, is 7"),
+        ({"prompts_per_step": 8}, "prompts_per_step was 4, is 8"),
+        (
+            {"domains": {"a": DomainSpec(source=SourceSpec(reasoning_gym="gcd"))}},
+            "domains.a.source.reasoning_gym was 'chain_sum', is 'gcd'; domains.a.source.max_digits was 2, is None",
+        ),
+        ({"objective": ObjectiveSpec(kind="cross_entropy", aggregation="token")}, "objective.aggregation was"),
+    ],
+)
+def test_what_makes_it_another_run_is_named(change: dict, difference: str, tmp_path: Path) -> None:
+    other = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(ConfigError, match=re.escape(difference)):
+        check_same_run(identity(CONFIG), identity(other), tmp_path)
+
+
+def test_a_folder_is_locked_until_its_run_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from megatron_mopd.run_identity import lock_run_folder;"
+        f"file = lock_run_folder(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"in use by process {holder.pid} on "):
+            lock_run_folder(tmp_path)
+    finally:
+        holder.kill()
+        holder.wait(timeout=20)
+    with lock_run_folder(tmp_path):  # a killed holder holds nothing
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
