@@ -98,15 +98,13 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None and packed_seq_params.padded_slots is not None
         slots, longest = packed_seq_params.padded_slots, packed_seq_params.max_seqlen_q
         num_sequences = len(packed_seq_params.cu_seqlens_q) - 1
-        repeat = query.size(2) // key.size(2)
 
         def pad(states: Tensor) -> Tensor:
             padded = states.new_zeros(num_sequences * longest, *states.shape[2:])
             padded = padded.index_copy(0, slots, states.squeeze(1))
             return padded.view(num_sequences, longest, *states.shape[2:]).transpose(1, 2)
 
-        keys, values = (pad(states).repeat_interleave(repeat, dim=1) for states in (key, value))
         # Right padding and a causal mask: no real token ever sees a padding token.
-        out = F.scaled_dot_product_attention(pad(query), keys, values, is_causal=True)
+        out = F.scaled_dot_product_attention(pad(query), pad(key), pad(value), is_causal=True, enable_gqa=True)
         out = out.transpose(1, 2).reshape(num_sequences * longest, -1)
         return out.index_select(0, slots).unsqueeze(1)

@@ -57,7 +57,6 @@ class Student:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self.ddp.train()
         sums = self._loss.run(self.ddp, batches, scores, heads, backward=True)
         self._stop_if_not_finite(sums, step)
         lr = learning_rate(self._config.optim, step, self._config.steps)
