@@ -28,8 +28,9 @@ def combine(packets: Tensor) -> Tensor:
 
     k: 6 or 8 sums, then perhaps `STATS`. Parts come in the order of the vocabulary.
     """
-    sums = packets.double()
-    m, partition, n, excess, divergence, cross, *more = sums.unbind(1)
+    if len(packets) == 1:
+        return packets[0].double()
+    m, partition, n, excess, divergence, cross, *more = packets.double().unbind(1)
     student_max, teacher_max = m.amax(0), n.amax(0)
     dm, dn = m - student_max, n - teacher_max
     a, b = dm.exp(), dn.exp()
@@ -126,6 +127,8 @@ def kept_rows(joined: Tensor, own: Tensor) -> Tensor:
 def combine_tokens(packets: Tensor, has_top: bool) -> Tensor:
     """[parts, 3 + k (+ 1), T] (m, Z, A, z of k tokens, perhaps the global id of the maximum) -> of their union about
     its maximum, in float64. A z is 0 in all parts but the one that holds the token."""
+    if len(packets) == 1:
+        return packets[0].double()
     m, partition, cross, *chosen = packets.double().unbind(1)
     maximum = m.amax(0)
     dm = m - maximum
