@@ -26,9 +26,9 @@ __all__ = [
     "divergence_sums",
     "jsd_gradient",
     "jsd_sums",
+    "reason",
     "token_gradient",
     "token_sums",
-    "why_unavailable",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -46,18 +46,18 @@ class Call(ctypes.Structure):
 
 
 @functools.cache
-def why_unavailable() -> str | None:
+def reason() -> str | None:
     """None where the functions below work; builds the library if this is the first time on this machine."""
     try:
         load(instruction_sets()[0])
-    except Unavailable as reason:
-        return str(reason)
+    except Unavailable as error:
+        return str(error)
     return None
 
 
 def available() -> bool:
     """Whether there is a library or a compiler to make it with."""
-    return why_unavailable() is None
+    return reason() is None
 
 
 def divergence_sums(student: Tensor, teacher: Tensor, *, both: bool) -> Tensor:

@@ -66,13 +66,13 @@ def test_other_flags_and_compilers_get_other_libraries(tmp_path: Path) -> None:
 def test_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, message: str) -> None:
     monkeypatch.setenv("CXX", compiler(tmp_path, script) if script else str(tmp_path / "compiler"))
     monkeypatch.setattr(rows_cpp, "load", build_cpp.load.__wrapped__)
-    rows_cpp.why_unavailable.cache_clear()
+    rows_cpp.reason.cache_clear()
     try:
         with pytest.raises(build_cpp.Unavailable, match=message.replace("+", r"\+")):
             load_portable()
-        assert not rows_cpp.available() and "\n" not in str(rows_cpp.why_unavailable())
+        assert not rows_cpp.available() and "\n" not in str(rows_cpp.reason())
     finally:
-        rows_cpp.why_unavailable.cache_clear()
+        rows_cpp.reason.cache_clear()
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import build_cpp, rows_cpp
 
-pytestmark = pytest.mark.skipif(not rows_cpp.available(), reason=str(rows_cpp.why_unavailable()))
+pytestmark = pytest.mark.skipif(not rows_cpp.available(), reason=str(rows_cpp.reason()))
 DTYPES = (torch.float32, torch.bfloat16)
 LOWEST = -1e4
 
