@@ -40,7 +40,8 @@ def instruction_sets() -> tuple[str, ...]:
     """Those that this CPU can run, the best first; as torch finds them (`ATEN_CPU_CAPABILITY` lowers it)."""
     names = tuple(INSTRUCTION_SETS)
     best = torch.backends.cpu.get_cpu_capability()
-    return names[names.index(best) :] if best in names else names[-1:]
+    first = next((i for i, name in enumerate(names) if best.startswith(name)), len(names) - 1)
+    return names[first:]
 
 
 @functools.cache
@@ -50,7 +51,7 @@ def load(instruction_set: str) -> ctypes.CDLL:
     path = compiler and shutil.which(compiler)
     if not path:
         raise Unavailable(f"no C++ compiler: {compiler or 'c++, g++, clang++'} not found")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopd-kernels"
+    folder = _cache_folder()
     library = folder / f"rows-{instruction_set}-{_fingerprint(path, instruction_set)}.so"
     try:
         if not library.exists():
@@ -62,6 +63,13 @@ def load(instruction_set: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise Unavailable(f"{library}: {error}") from error
+
+
+def _cache_folder() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopd-kernels"
+    except RuntimeError as error:
+        raise Unavailable("no folder to keep the library in: set XDG_CACHE_HOME") from error
 
 
 def _sources() -> Path:
