@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -52,7 +53,6 @@ def test_reverse_kl_of_bf16_logits_within_limits() -> None:
 
 def test_faults_are_found() -> None:
     given = configuration("divergence_sums bf16")
-
     found = aot.report(replace(given, limit=10.0))
     assert found.faults == (f"{found.per_column:.1f} instructions per column, the limit is 10",)
     code = sass.Code(sass.parse(LISTING)[0].counts + sass.Counter({"STL.64": 2, "BAR.SYNC": 1, "SHFL.BFLY": 5}))
@@ -63,3 +63,11 @@ def test_faults_are_found() -> None:
         "5 shuffles and 1 barriers where lanes are to work alone",
     )
     assert "divergence_sums bf16" in aot.table([found])
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_one_read_kernel_within_limits() -> None:
+    found = aot.report_one_read(str(shutil.which("nvcc")))
+    assert not found.faults
+    assert (found.spill_bytes, found.shuffles, found.barriers) == (0, 0, 0)
+    assert 20 < found.per_column <= 35
