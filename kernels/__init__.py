@@ -6,15 +6,23 @@ The name is also that of a Hugging Face package which SGLang imports: never put 
 the path of an inference server (start it with `python -P` from another folder).
 """
 
-from kernels.linear_divergence import DivergenceKind, DivergenceStats, linear_divergence
+from kernels.divergence import DivergenceStats, divergence
+from kernels.linear_divergence import linear_divergence
+from kernels.objective import DivergenceKind, Objective
 from kernels.shard import VocabShard
 from kernels.token_logprob import TokenStats, token_logprob
+from kernels.topk_divergence import Support, support, topk_divergence
 
 __all__ = [
     "DivergenceKind",
     "DivergenceStats",
+    "Objective",
+    "Support",
     "TokenStats",
     "VocabShard",
+    "divergence",
     "linear_divergence",
+    "support",
     "token_logprob",
+    "topk_divergence",
 ]

@@ -1,127 +1,128 @@
-"""Exact KL(student || teacher) over the vocabulary from hidden states, without a [T, vocab] tensor.
+"""Divergence over the vocabulary from hidden states, without a [T, vocab] tensor.
 
 The full-vocabulary objective of on-policy distillation as in DeepSeek-V4: only the teacher's last hidden
-states are kept and both sets of logits are rebuilt chunk by chunk. Forward and backward are written by hand
+states are kept and both sets of logits are rebuilt block by block. Forward and backward are written by hand
 because autograd does not differentiate a collective: the loss would be exact under tensor parallelism and its
 gradient wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.output_layer import LayerGradients, OutputLayer, Plan, accumulation_dtype, check_layer, make_plan
-from kernels.partials import divergence_terms, merge_divergence
+from kernels import sweep
+from kernels.dispatch import Implementation, row_kernels
+from kernels.divergence import DivergenceStats
+from kernels.layer_blocks import KEPT_ELEMENTS, Teachers
+from kernels.linear_passes import InForward, Keep, LinearJob, Recompute
+from kernels.objective import DivergenceKind, Objective, check_tokens, check_weights
+from kernels.output_layer import check_layer
 from kernels.shard import VocabShard
 
-DivergenceKind = Literal["reverse_kl"]
-
-
-@dataclass(frozen=True, slots=True)
-class DivergenceStats:
-    """Per row, in nats; fp32 (float64 for float64 hidden states)."""
-
-    divergence: Tensor
-    """[T] differentiable in the student's hidden states and weight."""
-    student_entropy: Tensor
-    """[T] detached."""
+GradientPlan = Literal["auto", "in_forward", "recompute"]
 
 
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    teacher_weight: Tensor | Sequence[Tensor],
     kind: DivergenceKind = "reverse_kl",
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
     shard: VocabShard | None = None,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    teacher_mixture: Sequence[float] | None = None,
+    token_ids: Tensor | None = None,
     chunk_tokens: int | None = None,
+    gradient: GradientPlan = "auto",
+    main_grad: Tensor | None = None,
+    impl: Implementation = "auto",
+    return_stats: bool = False,
 ) -> DivergenceStats:
-    """Reverse KL of each row: sum_j p_j (log p_j - log q_j), p = softmax(X W^T), q likewise of the teacher.
+    """weights * D(p, q) per row in nats, p = softmax(X W^T / temperature), q likewise of the teacher (a constant).
+    `Objective` lists the kinds; reverse_kl is sum_j p_j (log p_j - log q_j).
 
-    Shapes: student_hidden [T, H], student_weight [rows, H], teacher_hidden [T, Ht], teacher_weight
-    [rows, Ht]; rows are this rank's (`shard`; None: the whole vocabulary is here). The teacher is a constant.
+    Shapes: student_hidden [T, H], student_weight [rows, H], teacher_hidden [T, Ht], teacher_weight [rows, Ht]; rows
+    are this rank's (`shard`; None: the whole vocabulary is here). Several teachers are lists of heads: with
+    teacher_index [T], sorted, row i has teacher_index[i] (hidden states: a list, one entry a head with its rows
+    only, or one tensor [T, Ht]); with teacher_mixture [K] every row has the softmax of sum_k w_k t_k. weights [T]:
+    constants, rows of weight 0 cost nothing on a CPU.
 
-    Gradient: dz_j = g p_j (log p_j - log q_j - KL); dW = dz^T X; dX = dz W. **dX is this rank's share: the
-    caller sums it over `shard.group`**, as the backward of Megatron's copy to the tensor-parallel region
-    does. dW is complete. Both are summed in fp32 and come in the dtype of their inputs.
+    Gradient: dz as in `divergence`; dW = dz^T X; dX = dz W. **dX is this rank's share: the caller sums it over
+    `shard.group`** (Megatron's reduce-scatter under sequence parallelism), as the backward of its copy to the
+    tensor-parallel region does. dW is complete. Both are summed in fp32 and come in the dtype of their inputs;
+    with `main_grad` (fp32 [rows, H]) dW is added to it instead, as Megatron's `gradient_accumulation_fusion` does.
 
-    Collectives: one all-gather of [6, T] in forward if `shard.group` has several ranks, none in backward.
-    Every rank gets the same bits. Ranks may differ in `chunk_tokens` (default: chunks of 2^24 logits).
+    gradient: "recompute" makes the logits again in backward: 6 matrix products, blocks of 16 MiB whatever T and the
+    vocabulary, [T, H] in fp32 for dX. "in_forward" has 4, chunks of 64 MiB of logits and holds dW from forward to
+    backward; it needs the same upstream gradient for every row (use `weights`), else backward raises ValueError.
+    "auto" recomputes, but for a problem of up to 2^20 logits, where forward's exponentials are kept.
 
-    Raises ValueError when shapes, dtypes or devices do not fit, or for another `kind`.
+    Collectives: one all-gather of [6, T] (8, 12: see `divergence`) in forward if `shard.group` has several ranks,
+    one more of [2, T] for jsd; with "in_forward" these once a chunk; none in backward. Every rank gets the same
+    bits. Ranks may differ in `chunk_tokens` unless the gradient comes in forward.
+
+    Raises ValueError when shapes, dtypes, devices, ids or options do not fit.
     """
-    if kind != "reverse_kl":
-        raise ValueError(f"kind must be 'reverse_kl', got '{kind}'")
-    if shard is None:
-        if student_weight.shape[:1] != teacher_weight.shape[:1]:
-            shapes = f"{tuple(student_weight.shape)} and {tuple(teacher_weight.shape)}"
-            raise ValueError(f"student and teacher weight have shapes {shapes}: pass a shard if some rows are padding")
-        shard = VocabShard.whole(student_weight.shape[0])
+    objective = Objective(kind, alpha, beta, temperature)
+    if gradient not in ("auto", "in_forward", "recompute"):
+        raise ValueError(f"gradient must be auto, in_forward or recompute, got '{gradient}'")
+    tokens, device = len(student_hidden), student_hidden.device
+    teachers = Teachers.of(teacher_hidden, teacher_weight, teacher_index, teacher_mixture, tokens)
+    shard = shard or _whole(student_weight, teachers)
     check_layer("student_", student_hidden, student_weight, shard)
-    check_layer("teacher_", teacher_hidden, teacher_weight, shard)
-    if student_hidden.shape[0] != teacher_hidden.shape[0] or student_hidden.device != teacher_hidden.device:
-        student, teacher = (f"{len(h)} rows on {h.device}" for h in (student_hidden, teacher_hidden))
-        raise ValueError(f"student_hidden has {student}, teacher_hidden {teacher}: they must describe the same tokens")
-    plan = make_plan(shard, chunk_tokens, student_hidden, student_weight)
-    divergence, entropy = _reverse_kl(
-        student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), plan
+    teachers.check(shard, student_hidden)
+    check_weights(weights, tokens, device)
+    if token_ids is not None:
+        check_tokens(token_ids, tokens, device, shard.vocab_size)
+    _check_main_grad(main_grad, student_weight)
+    teachers = Teachers(
+        tuple(each.detach() for each in teachers.hidden),
+        tuple(each.detach() for each in teachers.weight),
+        teachers.bounds,
+        teachers.mixture,
     )
-    return DivergenceStats(divergence, entropy)
+    elements = tokens * shard.rows
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    kernels = row_kernels(impl, device, torch.float32 if student_hidden.dtype != torch.float64 else torch.float64,
+                          elements)  # fmt: skip
+    job = LinearJob(sweep.Job(objective, shard, kernels, token_ids, return_stats), teachers, chunk_tokens, main_grad)
+    plain = kind == "reverse_kl" and not (return_stats or teachers.bounds or teachers.mixture) and weights is None
+    few = elements <= KEPT_ELEMENTS and (chunk_tokens or tokens) >= tokens
+    differentiable = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
+    function: type[torch.autograd.Function]
+    if gradient == "in_forward" and differentiable:
+        function = InForward
+    else:
+        keep = gradient == "auto" and plain and few and differentiable and impl in ("auto", "torch")
+        function = Keep if keep else Recompute
+    found = function.apply(student_hidden, student_weight, weights, job, *teachers.tensors())
+    value, statistics = found
+    if return_stats:
+        return DivergenceStats.of(value, statistics, token_ids is not None)
+    return DivergenceStats(value, statistics)
 
 
-class _ReverseKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(hidden.dtype)
-        student = OutputLayer(hidden, weight, plan.shard.rows, dtype)
-        teacher = OutputLayer(teacher_hidden, teacher_weight, plan.shard.rows, dtype)
-        packet = torch.empty(6, hidden.shape[0], dtype=dtype, device=hidden.device)
-        for chunk in plan.chunks:
-            terms = divergence_terms(student.logits(chunk), teacher.logits(chunk))
-            packet[:, chunk] = terms.sums
-        kl, entropy, rows = merge_divergence(plan.shard.gather(packet), packet)
-        source = terms[1:] if plan.keep else (_savable(teacher_hidden), _savable(teacher_weight))
-        ctx.save_for_backward(hidden, weight, rows, *source)
-        ctx.plan = plan
-        ctx.mark_non_differentiable(entropy)
-        return kl, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, rows, *source = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        m, n, probability, mean = rows[:, :, None].unbind(0)
-        scale = grad[:, None] * probability
-        student = OutputLayer(hidden, weight, plan.shard.rows, rows.dtype)
-        gradients = LayerGradients(student, hidden=ctx.needs_input_grad[0], weight=ctx.needs_input_grad[1])
-        if plan.keep:
-            exponentials, differences = source
-            dlogits = torch.sub(differences, mean).mul_(exponentials).mul_(scale)
-            gradients.add(plan.chunks[0], dlogits)
-        else:
-            teacher_hidden, teacher_weight = source
-            teacher = OutputLayer(teacher_hidden, teacher_weight, plan.shard.rows, rows.dtype)
-            for chunk in plan.chunks:
-                x = student.logits(chunk).sub_(m[chunk])
-                y = teacher.logits(chunk).sub_(n[chunk])
-                difference = torch.sub(x, y, out=y)
-                gradients.add(chunk, difference.sub_(mean[chunk]).mul_(x.exp_()).mul_(scale[chunk]))
-        return gradients.hidden_gradient(), gradients.weight_gradient(weight), None, None, None
+def _whole(student_weight: Tensor, teachers: Teachers) -> VocabShard:
+    for weight in teachers.weight:
+        if student_weight.shape[:1] != weight.shape[:1]:
+            shapes = f"{tuple(student_weight.shape)} and {tuple(weight.shape)}"
+            raise ValueError(f"student and teacher weight have shapes {shapes}: pass a shard if some rows are padding")
+    return VocabShard.whole(student_weight.shape[0])
 
 
-_reverse_kl: Callable[..., tuple[Tensor, Tensor]] = _ReverseKL.apply
-
-
-def _savable(tensor: Tensor) -> Tensor:
-    """Teachers are scored in inference mode; autograd refuses to keep such a tensor, but takes a copy."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+def _check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
+    if main_grad is None:
+        return
+    if main_grad.shape != weight.shape or main_grad.dtype != torch.float32 or main_grad.device != weight.device:
+        given = f"{tuple(main_grad.shape)} {main_grad.dtype} on {main_grad.device}"
+        raise ValueError(f"main_grad is {given}: expected {tuple(weight.shape)} torch.float32 on {weight.device}")

@@ -1,4 +1,4 @@
-"""Logits of a token chunk and the gradients they send back, in the accumulation dtype.
+"""Logits of a block of tokens and rows and the gradients they send back, in the accumulation dtype.
 
 Logits are never rounded to bf16: at a KL of 1e-3 that alone makes the reverse-KL gradient 96 % wrong.
 bf16 operands are multiplied exactly and summed in fp32, on tensor cores where there are any.
@@ -6,26 +6,14 @@ bf16 operands are multiplied exactly and summed in fp32, on tensor cores where t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.objective import FLOATS, accumulation_dtype
 from kernels.shard import VocabShard
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits in a default chunk: 64 MiB in fp32, whatever the vocabulary."""
-
-KEPT_ELEMENTS = 1 << 20
-"""Up to here (4 MiB in fp32) backward keeps forward's exponentials: cheaper than making the logits again."""
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays what it is (tests); everything else accumulates in fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+__all__ = ["LayerGradients", "OutputLayer", "accumulation_dtype", "check_layer"]
 
 
 def check_layer(name: str, hidden: Tensor, weight: Tensor, shard: VocabShard) -> None:
@@ -37,31 +25,7 @@ def check_layer(name: str, hidden: Tensor, weight: Tensor, shard: VocabShard) ->
         raise ValueError(f"{name}hidden is {hidden.dtype}, {name}weight {weight.dtype}: expected one floating dtype")
     if hidden.device != weight.device:
         raise ValueError(f"{name}hidden is on {hidden.device}, {name}weight on {weight.device}")
-    surplus = weight.shape[0] - shard.rows
-    if surplus < 0 or (surplus > 0 and shard.stop < shard.vocab_size):
-        held = f"rows [{shard.start}, {shard.stop}) of {shard.vocab_size}"
-        raise ValueError(f"{shapes}: the shard holds {held}, padding is allowed only after the last")
-
-
-class Plan(NamedTuple):
-    """How one call walks through its tokens."""
-
-    shard: VocabShard
-    chunks: tuple[slice, ...]
-    """Of [0, T); at least one, which is empty if there are no tokens."""
-    keep: bool
-    """Whether forward leaves its exponentials to backward: few of them, and a backward may come."""
-
-
-def make_plan(shard: VocabShard, chunk_tokens: int | None, hidden: Tensor, weight: Tensor) -> Plan:
-    """Chunks of `chunk_tokens` rows of `hidden` [T, H], by default of about `CHUNK_ELEMENTS` logits."""
-    tokens = hidden.shape[0]
-    size = max(1, CHUNK_ELEMENTS // max(1, shard.rows)) if chunk_tokens is None else chunk_tokens
-    if size < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    chunks = tuple(slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
-    few = len(chunks) == 1 and tokens * shard.rows <= KEPT_ELEMENTS
-    return Plan(shard, chunks, few and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
+    shard.check_rows(weight.shape[0], shapes)
 
 
 class OutputLayer:
@@ -72,8 +36,16 @@ class OutputLayer:
         self.on_tensor_cores = hidden.is_cuda and hidden.dtype.itemsize == 2 and dtype == torch.float32
         self.hidden = hidden
         self.weight = weight[:rows]
-        if not self.on_tensor_cores:  # once per call; the hidden states are converted chunk by chunk
-            self.weight = self.weight.to(dtype)
+        self._slab: tuple[slice, Tensor] | None = None
+
+    def rows(self, slab: slice) -> Tensor:
+        """[slab, H] of the weight as it is multiplied: in fp32 where there are no tensor cores, one slab at a time."""
+        if self.on_tensor_cores or self.weight.dtype == self.dtype:
+            return self.weight[slab]
+        if self._slab is None or self._slab[0] != slab:
+            self._slab = None  # first let go of the old one
+            self._slab = (slab, self.weight[slab].to(self.dtype))
+        return self._slab[1]
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
         """left @ right, summed and returned in `dtype`."""
@@ -81,36 +53,72 @@ class OutputLayer:
             return torch.mm(left.to(self.hidden.dtype), right, out_dtype=self.dtype)
         return torch.mm(left.to(self.dtype), right.to(self.dtype))
 
-    def logits(self, chunk: slice) -> Tensor:
-        """[C, rows], a fresh tensor that the caller may overwrite."""
-        return self.multiply(self.hidden[chunk], self.weight.t())
+    def logits(self, slab: slice, chunk: slice) -> Tensor:
+        """[C, rows of the slab], a fresh tensor that the caller may overwrite."""
+        return self.multiply(self.hidden[chunk], self.rows(slab).t())
 
 
 class LayerGradients:
-    """dX = dz W and dW = dz^T X, collected over token chunks; either can be switched off."""
+    """dX = dz W and dW = dz^T X, collected block by block (slabs outside, chunks inside or the reverse).
 
-    def __init__(self, layer: OutputLayer, *, hidden: bool, weight: bool) -> None:
-        self.layer, self.want_hidden, self.want_weight = layer, hidden, weight
-        self.hidden_parts: list[Tensor] = []
-        self.weight_sum: Tensor | None = None
+    dX is summed in the accumulation dtype. dW of a slab is written once, in the weight's dtype, when the slab is
+    done (`finish_slab`), or added to `main_grad`: no fp32 copy of the whole weight exists. Either can be off.
+    """
 
-    def add(self, chunk: slice, dlogits: Tensor) -> None:
-        """dlogits [C, rows] of the chunk, in the accumulation dtype."""
+    def __init__(
+        self, layer: OutputLayer, full: Tensor, *, hidden: bool, weight: bool, main_grad: Tensor | None = None
+    ) -> None:
+        self.layer, self.want_hidden, self.want_weight, self.main_grad = layer, hidden, weight, main_grad
+        self.hidden_sum: Tensor | None = None
+        self.full = full
+        self.weight_grad: Tensor | None = None
+        self._slab_sum: Tensor | None = None
+
+    def add(self, slab: slice, chunk: slice, dlogits: Tensor) -> None:
+        """dlogits [C, rows of the slab], in the accumulation dtype."""
         layer = self.layer
         if self.want_hidden:
-            self.hidden_parts.append(layer.multiply(dlogits, layer.weight).to(layer.hidden.dtype))
+            part = layer.multiply(dlogits, layer.rows(slab))
+            if self.hidden_sum is None and len(part) == len(layer.hidden):
+                self.hidden_sum = part
+            else:
+                if self.hidden_sum is None:
+                    self.hidden_sum = torch.zeros_like(layer.hidden, dtype=layer.dtype)
+                self.hidden_sum[chunk] += part
         if self.want_weight:
             part = layer.multiply(dlogits.t(), layer.hidden[chunk])
-            self.weight_sum = part if self.weight_sum is None else self.weight_sum.add_(part)
+            self._slab_sum = part if self._slab_sum is None else self._slab_sum.add_(part)
+
+    def finish_slab(self, slab: slice) -> None:
+        """No more of this slab's blocks will come."""
+        part, self._slab_sum = self._slab_sum, None
+        if part is None:
+            return
+        if self.main_grad is not None:
+            self.main_grad[slab.start : slab.stop].add_(part)
+        elif len(part) == len(self.layer.weight):
+            self.weight_grad = pad(part, (0, 0, 0, len(self.full) - len(part))).to(self.full.dtype)
+        else:
+            if self.weight_grad is None:
+                self.weight_grad = torch.zeros_like(self.full)
+            self.weight_grad[slab.start : slab.stop] = part
+
+    def take(self, other: LayerGradients, factor: Tensor) -> None:
+        """The weight's part that `other` has summed over one slab of all rows and not finished, times `factor`."""
+        if other._slab_sum is not None:
+            self._slab_sum = other._slab_sum * factor
+            self.finish_slab(slice(0, len(self._slab_sum)))
 
     def hidden_gradient(self) -> Tensor | None:
         """[T, H] in the dtype of the hidden states: this rank's share, to be summed over the vocab shards."""
         if not self.want_hidden:
             return None
-        return self.hidden_parts[0] if len(self.hidden_parts) == 1 else torch.cat(self.hidden_parts)
+        if self.hidden_sum is None:
+            return torch.zeros_like(self.layer.hidden)
+        return self.hidden_sum.to(self.layer.hidden.dtype)
 
-    def weight_gradient(self, weight: Tensor) -> Tensor | None:
-        """Shape and dtype of the local `weight`; complete, with zeros in the padded rows."""
-        if self.weight_sum is None:
+    def weight_gradient(self) -> Tensor | None:
+        """Shape and dtype of the local weight; complete, with zeros in the padded rows."""
+        if not self.want_weight or self.main_grad is not None:
             return None
-        return pad(self.weight_sum, (0, 0, 0, weight.shape[0] - self.weight_sum.shape[0])).to(weight.dtype)
+        return torch.zeros_like(self.full) if self.weight_grad is None else self.weight_grad

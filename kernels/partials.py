@@ -1,126 +1,140 @@
-"""Row sums of one vocabulary shard, and how the sums of all shards become exact softmax statistics.
+"""How the row sums of all vocabulary shards become exact softmax statistics and coefficients of gradients.
 
-With z the student's logits, t the teacher's, m = max z, n = max t over the shard, x = z - m, y = t - n:
-    Z = sum e^x    F = sum (e^y - e^x)    D = sum e^x (x - y)    A = sum e^x x
-Every sum is about the shard's own maxima and moves to the global ones when shards are merged. Then
-    KL(p || q) = D/Z + log(1 + F/Z)        entropy(p) = log Z - A/Z
-The first form keeps its relative accuracy as KL -> 0, where log-sum-exp differences have lost theirs: both
-terms shrink with x - y, and logit offsets cancel inside it. If p is nearly uniform over a huge vocabulary and
-q a spike, F/Z approaches -1 and the value (not the gradient) is off by up to 1e-7 * Z / (Z + F).
+`rows_torch` defines the sums Z, F, D, A, E, B about a shard's own maxima m, n. Moved to the global maxima,
+    KL(p || q) = D/Z + log(1 + F/Z)       KL(q || p) = E/(Z+F) - log(1 + F/Z)
+    entropy(p) = log Z - A/Z              entropy(q) = log(Z+F) - B/(Z+F)
+These forms keep their relative accuracy as KL -> 0, where log-sum-exp differences have lost theirs: all terms
+shrink with x - y, and logit offsets cancel inside it. If p is nearly uniform over a huge vocabulary and q a
+spike, F/Z approaches -1 and 1 + F/Z is off by up to 1e-7 Z/(Z+F), relative: negligible unless Z/(Z+F) > 1e3.
+
+float64 costs nothing at [ranks, sums, T], and the fixed order of ranks gives every rank the same bits.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-FAR_BELOW_MAX = -60.0
-"""e^-60 is nothing beside the 1 that the maximum adds to Z, and e^60 is still finite in fp32."""
+from kernels.objective import Objective
 
-EMPTY_SHARD_MAX = -1e30
-"""Lower than any logit, yet finite: infinities would turn 0 * inf into NaN when shards are merged."""
-
-
-class DivergenceTerms(NamedTuple):
-    """One chunk's share: `sums` goes into the packet; the others rebuild the gradient without the logits."""
-
-    sums: Tensor
-    """[6, C]: m, Z, n, F, D, A"""
-    exponentials: Tensor
-    """[C, rows] e^x"""
-    differences: Tensor
-    """[C, rows] x - y"""
+STATS = 4
+"""Extra sums with statistics: z and t of the token (0 where another shard owns it), global ids of both maxima."""
 
 
-def divergence_terms(student: Tensor, teacher: Tensor) -> DivergenceTerms:
-    """Sums over [C, rows] logits of one shard. Overwrites both arguments."""
-    if student.shape[1] == 0:
-        sums = student.new_zeros(6, student.shape[0])
-        sums[0] = sums[2] = EMPTY_SHARD_MAX
-        return DivergenceTerms(sums, student, teacher)
-    m, n = student.amax(-1), teacher.amax(-1)
-    # The clamp lets expm1 below stay finite where the student finds impossible what the teacher likes.
-    x = student.sub_(m[:, None]).clamp_(min=FAR_BELOW_MAX)
-    difference = torch.sub(x, teacher.sub_(n[:, None]), out=teacher)
-    e = x.exp()
-    cross = x.mul_(e).sum(-1)
-    divergence = torch.mul(e, difference, out=x).sum(-1)
-    # e^y - e^x as e^x (e^(y-x) - 1): subtracting the rounded exponentials would lose all of a small KL.
-    excess = torch.neg(difference, out=x).expm1_().mul_(e).sum(-1)
-    return DivergenceTerms(torch.stack((m, e.sum(-1), n, excess, divergence, cross)), e, difference)
+def combine(packets: Tensor) -> Tensor:
+    """[parts, k, T] sums of parts of the vocabulary -> [k, T] of their union about its maxima, in float64.
 
-
-class Merged(NamedTuple):
-    """Of T rows over the whole vocabulary, equal on every rank to the last bit."""
-
-    value: Tensor
-    """[T] the divergence, or the log-prob of the token."""
-    entropy: Tensor
-    """[T] of the student."""
-    rows: Tensor
-    """What turns a shard's terms into its logits' gradients, see the functions below; this rank's own."""
-
-
-def merge_divergence(packets: Tensor, own: Tensor) -> Merged:
-    """[ranks, 6, T] of all ranks and [6, T] of this one -> KL, entropy and rows [4, T].
-
-    rows: m and n of this shard, e^(m - max z) / Z, E_p[x - y] as seen from this shard's maxima; so that
-    dz_j = g p_j (log p_j - log q_j - KL) = g rows[2] e^x ((x - y) - rows[3]).
-    No normaliser of the teacher is in it, and nothing that cancels when student and teacher agree.
+    k: 6 or 8 sums, then perhaps `STATS`. Parts come in the order of the vocabulary.
     """
-    # float64 costs nothing at [ranks, 6, T], and lets e^y - e^x be formed by subtraction.
-    m, partition, n, excess, divergence, cross = packets.double().unbind(1)
+    if len(packets) == 1:
+        return packets[0].double()
+    m, partition, n, excess, divergence, cross, *more = packets.double().unbind(1)
     student_max, teacher_max = m.amax(0), n.amax(0)
     dm, dn = m - student_max, n - teacher_max
     a, b = dm.exp(), dn.exp()
-    z = (a * partition).sum(0)
-    f = (b * excess + (b - a) * partition).sum(0)
-    mean = (a * (divergence + (dm - dn) * partition)).sum(0) / z
-    entropy = z.log() - (a * (cross + dm * partition)).sum(0) / z
-    own_m, own_n = own[0].double(), own[2].double()
-    shift = own_m - student_max
-    rows = torch.stack((own_m, own_n, shift.exp() / z, mean - shift + (own_n - teacher_max)))
-    kind = own.dtype
-    return Merged((mean + (f / z).log1p()).to(kind), entropy.to(kind), rows.to(kind))
+    result = [
+        student_max,
+        (a * partition).sum(0),
+        teacher_max,
+        (b * excess + (b - a) * partition).sum(0),
+        (a * (divergence + (dm - dn) * partition)).sum(0),
+        (a * (cross + dm * partition)).sum(0),
+    ]
+    if len(more) in (2, 2 + STATS):
+        teacher_partition = partition + excess
+        result.append((b * (more[0] + (dn - dm) * teacher_partition)).sum(0))
+        result.append((b * (more[1] + dn * teacher_partition)).sum(0))
+    if len(more) >= STATS:
+        z, t, student_id, teacher_id = more[-STATS:]
+        result += [z.sum(0), t.sum(0)]
+        # argmax takes the first of equals: the lowest id wins, as in torch.
+        result += [ids.gather(0, tops.argmax(0)[None])[0] for ids, tops in ((student_id, m), (teacher_id, n))]
+    return torch.stack(result)
 
 
-class TokenTerms(NamedTuple):
-    """One chunk's share for the log-prob of a token."""
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Sums [k, T] about the global maxima, float64, equal on every rank to the last bit."""
 
     sums: Tensor
-    """[4, C]: m, Z, A, z of the token (0 where another shard owns it)"""
-    exponentials: Tensor
-    """[C, rows] e^x"""
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log of the teacher's partition function over the student's, each about its own maximum."""
+        return (self.sums[3] / self.sums[1]).log1p()
+
+    @property
+    def mean_difference(self) -> Tensor:
+        """E_p[x - y]"""
+        return self.sums[4] / self.sums[1]
+
+    @property
+    def log_partition(self) -> Tensor:
+        return self.sums[1].log()
+
+    @property
+    def teacher_partition(self) -> Tensor:
+        return self.sums[1] + self.sums[3]
+
+    def reverse_kl(self) -> Tensor:
+        return self.mean_difference + self.log_ratio
+
+    def forward_kl(self) -> Tensor:
+        return self.sums[6] / self.teacher_partition - self.log_ratio
+
+    def student_entropy(self) -> Tensor:
+        return self.log_partition - self.sums[5] / self.sums[1]
+
+    def teacher_entropy(self) -> Tensor:
+        return self.teacher_partition.log() - self.sums[7] / self.teacher_partition
+
+    def lse(self) -> Tensor:
+        """[2, T] log-sum-exp of student and teacher."""
+        return torch.stack((self.sums[0] + self.log_partition, self.sums[2] + self.teacher_partition.log()))
+
+    def value(self, objective: Objective) -> Tensor:
+        """[T] float64; not for jsd, which takes a second look at the logits."""
+        if objective.kind == "reverse_kl":
+            return self.reverse_kl()
+        if objective.kind == "forward_kl":
+            return self.forward_kl()
+        return objective.alpha * self.forward_kl() + (1.0 - objective.alpha) * self.reverse_kl()
+
+    def gradient_rows(self, objective: Objective, upstream: Tensor) -> Tensor:
+        """[5, T] float64 for `divergence_gradient`: m, n, r0, r1, r2.
+
+        reverse: g p (x - y - E_p[x - y]); forward: g (p - q). No normaliser of the teacher is in the first, and
+        nothing in it cancels when student and teacher agree.
+        """
+        alpha = {"reverse_kl": 0.0, "forward_kl": 1.0}.get(objective.kind, objective.alpha)
+        p = upstream.double() / (objective.temperature * self.sums[1])
+        q = upstream.double() / (objective.temperature * self.teacher_partition) if alpha else torch.zeros_like(p)
+        r0 = (1.0 - alpha) * p
+        r1 = alpha * p - r0 * self.mean_difference
+        return torch.stack((self.sums[0], self.sums[2], r0, r1, -alpha * q))
 
 
-def token_terms(logits: Tensor, rows: Tensor, owned: Tensor) -> TokenTerms:
-    """Sums over [C, rows] logits; `rows` [C]: the token, valid where `owned` [C]. Overwrites logits."""
-    if logits.shape[1] == 0:
-        sums = logits.new_zeros(4, logits.shape[0])
-        sums[0] = EMPTY_SHARD_MAX
-        return TokenTerms(sums, logits)
-    m = logits.amax(-1)
-    chosen = logits.gather(1, rows[:, None])[:, 0] * owned
-    x = logits.sub_(m[:, None])
-    e = x.exp()
-    return TokenTerms(torch.stack((m, e.sum(-1), x.mul_(e).sum(-1), chosen)), e)
+def kept_rows(joined: Tensor, own: Tensor) -> Tensor:
+    """[2, T] that turn e^x and x - y about this shard's own maxima (`own` [6, T]) into the gradient of reverse KL:
+    e^(m - max z) / Z and E_p[x - y] as seen from there."""
+    shift = own[0].double() - joined[0]
+    mean = joined[4] / joined[1] - shift + (own[2].double() - joined[2])
+    return torch.stack((shift.exp() / joined[1], mean))
 
 
-def merge_token(packets: Tensor, own: Tensor) -> Merged:
-    """[ranks, 4, T] of all ranks and [4, T] of this one -> log-prob, entropy and rows [2, T].
-
-    rows: m of this shard and e^(m - max z) / Z, so that p_j = rows[1] e^x.
-    """
-    m, partition, cross, chosen = packets.double().unbind(1)
+def combine_tokens(packets: Tensor, has_top: bool) -> Tensor:
+    """[parts, 3 + k (+ 1), T] (m, Z, A, z of k tokens, perhaps the global id of the maximum) -> of their union about
+    its maximum, in float64. A z is 0 in all parts but the one that holds the token."""
+    if len(packets) == 1:
+        return packets[0].double()
+    m, partition, cross, *chosen = packets.double().unbind(1)
     maximum = m.amax(0)
     dm = m - maximum
     a = dm.exp()
-    z = (a * partition).sum(0)
-    log_z = z.log()
-    entropy = log_z - (a * (cross + dm * partition)).sum(0) / z
-    own_m = own[0].double()
-    rows = torch.stack((own_m, (own_m - maximum).exp() / z))
-    kind = own.dtype
-    return Merged((chosen.sum(0) - maximum - log_z).to(kind), entropy.to(kind), rows.to(kind))
+    result = [maximum, (a * partition).sum(0), (a * (cross + dm * partition)).sum(0)]
+    tops = [chosen.pop()] if has_top else []
+    result += [z.sum(0) for z in chosen]
+    result += [ids.gather(0, m.argmax(0)[None])[0] for ids in tops]
+    return torch.stack(result)

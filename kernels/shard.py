@@ -16,7 +16,7 @@ class VocabShard:
     The local weight may have more rows than `stop - start` on the rank(s) where the vocabulary ends:
     Megatron pads it to a multiple of the tensor-parallel size. Padding takes no part in the softmax and gets
     a gradient of exactly zero. A shard is empty (start == stop) where padding swallows the whole rank.
-    The shards of a group must tile the vocabulary; one rank alone cannot check that.
+    The shards of a group must tile the vocabulary, in rank order: `gather` checks it. Vocabularies up to 2^24.
     """
 
     start: int
@@ -59,15 +59,49 @@ class VocabShard:
     def ranks(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    def check_rows(self, rows: int, given: str) -> None:
+        """ValueError unless `rows` local rows (or columns of logits) fit: padding only where the vocabulary ends."""
+        surplus = rows - self.rows
+        if surplus < 0 or (surplus > 0 and self.stop < self.vocab_size):
+            held = f"rows [{self.start}, {self.stop}) of {self.vocab_size}"
+            raise ValueError(f"{given}: the shard holds {held}, padding is allowed only after the last")
+
     def gather(self, packet: Tensor) -> Tensor:
         """[k, T] of this rank -> [ranks, k, T] of all, in rank order: one all-gather, none when alone.
 
-        Called exactly once per forward, also for T = 0, so that ranks never wait for one another in vain.
+        Called exactly once per forward, also for T = 0, so that ranks never wait for one another in vain. The
+        bounds of the shards travel along in a column of their own; ValueError on every rank, with all bounds,
+        unless they cover the vocabulary exactly once in rank order (on a GPU only the first time, as looking at
+        them stalls the queue).
         """
         if self.ranks == 1:
             return packet[None]
-        gathered = packet.new_empty(self.ranks * packet.shape[0], packet.shape[1])
+        k, tokens = packet.shape
+        own = packet.new_zeros(k, tokens + 1)
+        own[:, :tokens] = packet
+        own[0, tokens], own[1, tokens] = self.start, self.stop
+        gathered = packet.new_empty(self.ranks * k, tokens + 1)
         # torch 2.13 renamed it; the GPU images still carry older releases.
         all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        all_gather(gathered, packet.contiguous(), group=self.group)
-        return gathered.view(self.ranks, *packet.shape)
+        all_gather(gathered, own, group=self.group)
+        packets = gathered.view(self.ranks, k, tokens + 1)
+        if not packet.is_cuda or self not in _COVERING:
+            self._check_cover(packets[:, :2, tokens].long().tolist())
+            _COVERING.add(self)
+        return packets[:, :, :tokens]
+
+    def _check_cover(self, bounds: list[list[int]]) -> None:
+        reached = 0
+        for start, stop in bounds:
+            if start != reached:
+                break
+            reached = stop
+        else:
+            if reached == self.vocab_size:
+                return
+        held = ", ".join(f"[{start}, {stop})" for start, stop in bounds)
+        raise ValueError(f"the ranks hold rows {held}: together not {self.vocab_size} rows exactly once in rank order")
+
+
+_COVERING: set[VocabShard] = set()
+"""Shards of this process whose group has been seen to cover the vocabulary (looked at for GPUs only)."""

@@ -1,122 +1,136 @@
-"""Log-probability of given tokens from hidden states, without a [T, vocab] tensor."""
+"""Log-probability of given tokens from hidden states or logits, without a [T, vocab] tensor of its own."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.output_layer import LayerGradients, OutputLayer, Plan, accumulation_dtype, check_layer, make_plan
-from kernels.partials import merge_token, token_terms
+from kernels.dispatch import Implementation, row_kernels
+from kernels.layer_blocks import KEPT_ELEMENTS
+from kernels.objective import FLOATS, accumulation_dtype, check_temperature, check_tokens
+from kernels.output_layer import LayerGradients, check_layer
+from kernels.partials import combine_tokens
+from kernels.rows_torch import EMPTY_SHARD_MAX, token_terms
+from kernels.selected import FromLayer, FromLogits, TokenJob
 from kernels.shard import VocabShard
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Per row, in nats; fp32 (float64 for float64 hidden states)."""
+    """Per row, in nats; fp32 (float64 for float64 inputs)."""
 
     logprob: Tensor
-    """[T] differentiable in hidden states and weight."""
+    """[T] differentiable in hidden states and weight, or in the logits."""
     entropy: Tensor
     """[T] of the same (tempered) distribution, detached."""
+    top: Tensor | None = None
+    """[T] int64, the most likely token (of equals the lowest id), if asked for."""
 
 
 def token_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     token_ids: Tensor,
     *,
     shard: VocabShard | None = None,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    top: bool = False,
+    impl: Implementation = "auto",
+    inplace: bool = False,
 ) -> TokenStats:
-    """log softmax(X W^T / temperature) at `token_ids`, and the entropy of that distribution.
+    """log softmax(z / temperature) at `token_ids`, and the entropy of that distribution, for z = X W^T.
 
     Shapes: hidden [T, H], weight [rows, H] of this rank (`shard`; None: the whole vocabulary), token_ids [T]
-    integers in [0, vocab_size), the same on every rank.
+    integers in [0, vocab_size), the same on every rank. **weight None: `hidden` are the logits** [T, columns].
 
     Gradient: dz_j = g (1[j = id] - p_j) / temperature; dW = dz^T X; dX = dz W. **dX is this rank's share: the
-    caller sums it over `shard.group`.** dW is complete. Both are summed in fp32 and come in the dtype of
-    their inputs.
+    caller sums it over `shard.group`.** dW is complete. Both are summed in fp32 and come in the dtype of their
+    inputs. From logits, inplace=True overwrites them with dz, and a second backward raises ValueError.
 
-    Collectives: one all-gather of [4, T] in forward if `shard.group` has several ranks, none in backward.
+    Collectives: one all-gather of [4, T] ([5, T] with `top`) in forward if `shard.group` has several ranks, none in
+    backward.
 
     Raises ValueError when shapes, dtypes or devices do not fit, and for a token id outside the vocabulary.
     """
-    if shard is None:
-        shard = VocabShard.whole(weight.shape[0])
-    check_layer("", hidden, weight, shard)
-    _check_tokens(hidden, token_ids, shard.vocab_size)
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    plan = make_plan(shard, chunk_tokens, hidden, weight)
-    logprob, entropy = _token_logprob(hidden, weight, token_ids, temperature, plan)
-    return TokenStats(logprob, entropy)
+    shard = shard or VocabShard.whole((hidden if weight is None else weight.t()).shape[-1])
+    if weight is not None:
+        check_layer("", hidden, weight, shard)
+    else:
+        check_logits(hidden, shard, inplace=inplace)
+    check_tokens(token_ids, hidden.shape[0], hidden.device, shard.vocab_size)
+    check_temperature(temperature)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    if inplace and weight is not None:
+        raise ValueError("inplace is for logits: hidden states are not overwritten")
+    elements = len(hidden) * shard.rows
+    dtype = accumulation_dtype(hidden.dtype) if weight is not None else hidden.dtype
+    job = TokenJob(shard, row_kernels(impl, hidden.device, dtype, elements), temperature, chunk_tokens, top, inplace)
+    few = elements <= KEPT_ELEMENTS and (chunk_tokens is None or chunk_tokens >= len(hidden))
+    if weight is None:
+        logprobs, entropy, tops = _from_logits(hidden, token_ids[:, None], job)
+    elif few and not top and impl in ("auto", "torch") and torch.is_grad_enabled():
+        return TokenStats(*_keep(hidden, weight, token_ids, job))
+    else:
+        logprobs, entropy, tops = _from_layer(hidden, weight, token_ids[:, None], job)
+    return TokenStats(logprobs[:, 0], entropy, tops if top else None)
 
 
-def _check_tokens(hidden: Tensor, token_ids: Tensor, vocab_size: int) -> None:
-    if token_ids.shape != hidden.shape[:1] or token_ids.dtype not in (torch.int64, torch.int32):
-        given = f"{tuple(token_ids.shape)} {token_ids.dtype}"
-        raise ValueError(
-            f"token_ids are {given}: expected ({hidden.shape[0]},) of torch.int64, one for each hidden state"
-        )
-    if token_ids.device != hidden.device:
-        raise ValueError(f"token_ids are on {token_ids.device}, hidden on {hidden.device}")
-    if token_ids.numel():
-        low, high = (int(bound) for bound in token_ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+def check_logits(logits: Tensor, shard: VocabShard, *, inplace: bool = False) -> None:
+    if logits.ndim != 2 or logits.dtype not in FLOATS:
+        raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype}: expected [T, columns] of a floating dtype")
+    if inplace and logits.stride(-1) != 1:
+        raise ValueError(f"inplace needs logits whose rows are contiguous, got strides {logits.stride()}")
+    shard.check_rows(logits.shape[1], f"logits {tuple(logits.shape)}")
 
 
-class _TokenLogprob(torch.autograd.Function):
+class _Keep(torch.autograd.Function):
+    """Few logits: forward leaves its exponentials to backward."""
+
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
-        shard, dtype = plan.shard, accumulation_dtype(hidden.dtype)
-        layer = OutputLayer(hidden, weight, shard.rows, dtype)
-        local = token_ids.long() - shard.start
-        owned = (local >= 0) & (local < shard.rows)
-        local = local.clamp_(0, max(shard.rows - 1, 0))
-        packet = torch.empty(4, hidden.shape[0], dtype=dtype, device=hidden.device)
-        for chunk in plan.chunks:
-            terms = token_terms(_tempered(layer.logits(chunk), temperature), local[chunk], owned[chunk])
-            packet[:, chunk] = terms.sums
-        logprob, entropy, rows = merge_token(shard.gather(packet), packet)
-        ctx.save_for_backward(hidden, weight, local, owned, rows, *(terms[1:] if plan.keep else ()))
-        ctx.plan, ctx.temperature = plan, temperature
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor, job: TokenJob) -> tuple[Tensor, Tensor]:
+        blocks = job.layer_blocks(hidden, weight)
+        rows, everything = slice(0, job.shard.rows), slice(0, len(hidden))
+        local, owned = job.local(token_ids, rows)
+        logits = blocks.student(rows, everything)
+        if logits.shape[1]:
+            own, exponentials = token_terms(logits, local, owned)
+        else:
+            own, exponentials = logits.new_zeros(4, len(hidden)), logits
+            own[0] = EMPTY_SHARD_MAX
+        m, z, cross, chosen = combine_tokens(job.shard.gather(own), False)
+        log_z = z.log()
+        probability = ((own[0] - m).exp() / z).to(blocks.dtype)
+        ctx.save_for_backward(hidden, weight, local, owned, probability, exponentials)
+        ctx.job = job
+        entropy = (log_z - cross / z).to(blocks.dtype)
         ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
+        return (chosen - m - log_z).to(blocks.dtype), entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, owned, rows, *kept = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        layer = OutputLayer(hidden, weight, plan.shard.rows, rows.dtype)
-        gradients = LayerGradients(layer, hidden=ctx.needs_input_grad[0], weight=ctx.needs_input_grad[1])
-        m, probability = rows[:, :, None].unbind(0)
-        scale = grad[:, None] / ctx.temperature
-        hit, miss = scale * owned[:, None], -scale * probability
-        for chunk in plan.chunks:
-            if plan.keep:
-                dlogits = kept[0] * miss
-            else:
-                x = _tempered(layer.logits(chunk), ctx.temperature).sub_(m[chunk])
-                dlogits = x.exp_().mul_(miss[chunk])
-            if plan.shard.rows:
-                dlogits.scatter_add_(1, local[chunk, None], hit[chunk])
-            gradients.add(chunk, dlogits)
-        return gradients.hidden_gradient(), gradients.weight_gradient(weight), None, None, None
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, local, owned, probability, exponentials = ctx.saved_tensors
+        job: TokenJob = ctx.job
+        blocks = job.layer_blocks(hidden, weight)
+        wanted = ctx.needs_input_grad
+        gradients = LayerGradients(blocks.layer, weight, hidden=wanted[0], weight=wanted[1])
+        scale = upstream / job.temperature
+        dlogits = exponentials * (-scale * probability)[:, None]
+        rows = slice(0, job.shard.rows)
+        if job.shard.rows:
+            dlogits.scatter_add_(1, local[:, None], (scale * owned)[:, None])
+        gradients.add(rows, slice(0, len(hidden)), dlogits)
+        gradients.finish_slab(rows)
+        return gradients.hidden_gradient(), gradients.weight_gradient(), None, None
 
 
-_token_logprob: Callable[..., tuple[Tensor, Tensor]] = _TokenLogprob.apply
-
-
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1.0 else logits.div_(temperature)
+_keep = cast(Callable[..., tuple[Tensor, Tensor]], _Keep.apply)
+_from_layer = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], FromLayer.apply)
+_from_logits = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], FromLogits.apply)

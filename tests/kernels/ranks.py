@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MAX_RANKS = 4
+MAX_RANKS = 8
 COLLECTIVE_SECONDS = 20
 RUN_SECONDS = 60
 
@@ -33,7 +33,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
         world_size=MAX_RANKS,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
-    groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 4)}
+    groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 4, 8)}
     while True:
         request = pickle.loads(pipe.recv_bytes())
         if request is None:

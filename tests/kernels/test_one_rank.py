@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import VocabShard, linear_divergence, output_layer, token_logprob
+from kernels import VocabShard, layer_blocks, linear_divergence, token_logprob
 from tests.kernels.problems import Problem, expected, make_inputs, relative_error
 
 
@@ -61,17 +62,20 @@ def test_no_tensor_of_all_logits() -> None:
     assert largest.elements == 1000 * 32  # the teacher's weight; the logits of all tokens would be 1000 * 64
 
 
-def test_default_chunk_follows_the_vocabulary() -> None:
-    hidden, weight = torch.empty(1000, 1), torch.empty(151936, 1)
-    chunks = output_layer.make_plan(VocabShard.whole(151936), None, hidden, weight).chunks
-    assert {chunk.stop - chunk.start for chunk in chunks[:-1]} == {110}
-    assert (chunks[0].start, chunks[-1].stop) == (0, 1000)
+def test_default_blocks_grow_with_nothing() -> None:
+    for tokens, rows in ((64, 151936), (1000, 151936), (100_000, 151936), (1000, 32)):
+        slabs, chunks = layer_blocks.cut(tokens, rows, 2048, None, None)
+        assert (slabs[-1].stop, chunks[-1].stop) == (rows, tokens)
+        sizes = [max(piece.stop - piece.start for piece in pieces) for pieces in (slabs, chunks)]
+        assert sizes[0] * sizes[1] <= layer_blocks.BLOCK_ELEMENTS
+        assert sizes[0] * 2048 <= layer_blocks.BLOCK_ELEMENTS
 
 
 def test_kept_and_recomputed_terms_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     both, leaves = losses(Problem(dtype=torch.float64, tokens=20))
     kept = torch.autograd.grad(both(None), leaves)
-    monkeypatch.setattr(output_layer, "KEPT_ELEMENTS", 0)
+    for module in (linear_divergence_module, token_logprob_module):
+        monkeypatch.setattr(module, "KEPT_ELEMENTS", 0)
     for again, first in zip(torch.autograd.grad(both(None), leaves), kept, strict=True):
         assert relative_error(again, first) < 1e-14
 
@@ -129,14 +133,17 @@ def test_token_outside_the_vocabulary() -> None:
         token_logprob(hidden, weight, torch.tensor([-1, 0]))
 
 
+linear_divergence_module = sys.modules["kernels.linear_divergence"]
+token_logprob_module = sys.modules["kernels.token_logprob"]
+
 X, W, IDS = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: linear_divergence(X, W, X, W, kind="jsd"),  # type: ignore[arg-type]
-         "kind must be 'reverse_kl', got 'jsd'"),
+        (lambda: linear_divergence(X, W, X, W, kind="kl"),  # type: ignore[arg-type]
+         "kind must be one of reverse_kl, forward_kl, jsd, mixed, got 'kl'"),
         (lambda: linear_divergence(X, W, X[:1], W), "2 rows on cpu, teacher_hidden 1 rows"),
         (lambda: linear_divergence(X, W, X, W[:4]), r"\(5, 4\) and \(4, 4\): pass a shard"),
         (lambda: linear_divergence(X, W[:, :3], X, W), r"student_hidden \(2, 4\), student_weight \(5, 3\)"),

@@ -1,0 +1,198 @@
+"""The three ways to get the gradient of `linear_divergence`: keep, make again, or have it already in forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels import sweep
+from kernels.layer_blocks import LayerBlocks, Teachers, cut, whole_chunk
+from kernels.objective import accumulation_dtype, active_runs, split
+from kernels.output_layer import LayerGradients, OutputLayer
+from kernels.partials import Joined, combine, kept_rows
+from kernels.rows_torch import EMPTY_SHARD_MAX, divergence_terms
+
+
+@dataclass(frozen=True, slots=True)
+class LinearJob:
+    base: sweep.Job
+    teachers: Teachers
+    """Its tensors are constants; backward takes them from autograd's hands, so that a change in place is noticed."""
+    chunk_tokens: int | None
+    main_grad: Tensor | None
+
+    def blocks(self, hidden: Tensor, weight: Tensor, weights: Tensor | None, teachers: Teachers) -> LayerBlocks:
+        layer = OutputLayer(hidden, weight, self.base.shard.rows, accumulation_dtype(hidden.dtype))
+        slabs, chunks = cut(len(hidden), len(layer.weight), hidden.shape[1], self.chunk_tokens, weights)
+        return LayerBlocks(layer, teachers, slabs, chunks, self.base.objective.temperature)
+
+    def restored(self, tensors: tuple[Tensor, ...]) -> Teachers:
+        count = len(tensors) // 2
+        return Teachers(tensors[:count], tensors[count:], self.teachers.bounds, self.teachers.mixture)
+
+
+def _savable(tensor: Tensor) -> Tensor:
+    """Teachers are scored in inference mode; autograd refuses to keep such a tensor, but takes a copy."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def _report(job: LinearJob, joined: Joined, dtype: torch.dtype) -> Tensor:
+    """[6, T] with statistics, else [T] the student's entropy."""
+    if job.base.stats:
+        return sweep.statistics(job.base, joined, dtype)
+    return joined.student_entropy().to(dtype)
+
+
+def _collector(ctx: Any, job: LinearJob, layer: OutputLayer, weight: Tensor) -> LayerGradients:
+    return LayerGradients(
+        layer, weight, hidden=ctx.needs_input_grad[0], weight=ctx.needs_input_grad[1], main_grad=job.main_grad
+    )
+
+
+def _weight_gradient(job: LinearJob, weight: Tensor, gradients: LayerGradients) -> Tensor | None:
+    if job.main_grad is not None and hasattr(weight, "grad_added_to_main_grad"):
+        # Megatron's hook waits for a gradient, and with this flag does not look at it.
+        weight.grad_added_to_main_grad = True
+        return weight.new_zeros(1).expand_as(weight)
+    return gradients.weight_gradient()
+
+
+class Keep(torch.autograd.Function):
+    """Reverse KL of few logits: forward leaves its exponentials to backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, weights: None, job: LinearJob, *teacher: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        blocks = job.blocks(hidden, weight, None, job.teachers)
+        everything, rows = slice(0, blocks.tokens), slice(0, job.base.shard.rows)
+        student, other = blocks.student(rows, everything), blocks.teacher(rows, everything)
+        if student.shape[1]:
+            own, exponentials, differences = divergence_terms(student, other)
+        else:
+            own, exponentials, differences = student.new_zeros(6, blocks.tokens), student, other
+            own[0] = own[2] = EMPTY_SHARD_MAX
+        sums = combine(job.base.shard.gather(own))
+        joined = Joined(sums)
+        ctx.save_for_backward(hidden, weight, kept_rows(sums, own).to(blocks.dtype), exponentials, differences)
+        ctx.job = job
+        entropy = _report(job, joined, blocks.dtype)
+        ctx.mark_non_differentiable(entropy)
+        return joined.reverse_kl().to(blocks.dtype), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, rows, exponentials, differences = ctx.saved_tensors
+        job: LinearJob = ctx.job
+        probability, mean = rows[:, :, None].unbind(0)
+        scale = upstream[:, None] * probability / job.base.objective.temperature
+        dlogits = torch.sub(differences, mean).mul_(exponentials).mul_(scale)
+        layer = OutputLayer(hidden, weight, job.base.shard.rows, rows.dtype)
+        gradients = _collector(ctx, job, layer, weight)
+        every = slice(0, len(layer.weight))
+        gradients.add(every, slice(0, len(hidden)), dlogits)
+        gradients.finish_slab(every)
+        weight_gradient = _weight_gradient(job, weight, gradients)
+        return gradients.hidden_gradient(), weight_gradient, None, None, *[None] * len(job.teachers.tensors())
+
+
+class Recompute(torch.autograd.Function):
+    """No logits survive forward: the memory floor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, weights: Tensor | None, job: LinearJob, *teacher: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        blocks = job.blocks(hidden, weight, weights, job.teachers)
+        result = sweep.forward(job.base, blocks, weights)
+        saved = map(_savable, teacher)
+        ctx.save_for_backward(hidden, weight, weights, result.joined.sums, result.pair, *saved)
+        ctx.job = job
+        report = _report(job, result.joined, blocks.dtype)
+        ctx.mark_non_differentiable(report)
+        return result.value.to(blocks.dtype), report
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, weights, sums, pair, *teacher = ctx.saved_tensors
+        job: LinearJob = ctx.job
+        blocks = job.blocks(hidden, weight, weights, job.restored(tuple(teacher)))
+        scale = upstream if weights is None else upstream * weights
+        rows = sweep.coefficients(job.base, (sums, pair), scale, blocks.dtype)
+        gradients = _collector(ctx, job, blocks.layer, weight)
+        sweep.backward(job.base, blocks, rows, gradients)
+        weight_gradient = _weight_gradient(job, weight, gradients)
+        return gradients.hidden_gradient(), weight_gradient, None, None, *[None] * len(teacher)
+
+
+class InForward(torch.autograd.Function):
+    """The gradient chunk by chunk while the logits are there; backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, weights: Tensor | None, job: LinearJob, *teacher: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        base, dtype = job.base, accumulation_dtype(hidden.dtype)
+        layer = OutputLayer(hidden, weight, base.shard.rows, dtype)
+        # From what all ranks know, so that all have the same chunks: there is a collective in each.
+        size = job.chunk_tokens or whole_chunk(-(-base.shard.vocab_size // base.shard.ranks))
+        chunks = split(active_runs(weights, len(hidden)), size)
+        every = slice(0, len(layer.weight))
+        blocks = LayerBlocks(layer, job.teachers, (every,), chunks, base.objective.temperature)
+        value = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+        report = value.new_zeros((6, len(hidden)) if base.stats else len(hidden))
+        gradients = LayerGradients(
+            layer, weight, hidden=ctx.needs_input_grad[0], weight=ctx.needs_input_grad[1], main_grad=None
+        )
+        for chunk in blocks.chunks:
+            held = sweep.Held(blocks.student(every, chunk), blocks.teacher(every, chunk))
+            ids = None if base.token_ids is None else base.token_ids[chunk]
+            part = sweep.Job(base.objective, base.shard, base.kernels, ids, base.stats)
+            unit = torch.ones_like(value[chunk]) if weights is None else weights[chunk].to(dtype)
+            result = sweep.forward(part, held, unit)
+            value[chunk] = result.value.to(dtype)
+            report[..., chunk] = _report(LinearJob(part, job.teachers, None, None), result.joined, dtype)
+            rows = sweep.coefficients(part, (result.joined.sums, result.pair), unit, dtype)
+            gradients.add(every, chunk, sweep.gradient(part, held.z, held.t, rows, held.z))
+        ctx.job, ctx.upstream_must_be_uniform = job, ctx.needs_input_grad[1]
+        ctx.save_for_backward(hidden, weight, weights)
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(report)
+        return value, report
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _hidden, weight, weights = ctx.saved_tensors
+        job, gradients = ctx.job, ctx.gradients
+        hidden_gradient = weight_gradient = None
+        if gradients.hidden_sum is not None:
+            hidden_gradient = (gradients.hidden_sum * upstream[:, None]).to(gradients.layer.hidden.dtype)
+        elif gradients.want_hidden:
+            hidden_gradient = torch.zeros_like(gradients.layer.hidden)
+        if gradients.want_weight:
+            factor = _uniform(upstream, weights)
+            whole = LayerGradients(gradients.layer, weight, hidden=False, weight=True, main_grad=job.main_grad)
+            whole.take(gradients, factor)
+            weight_gradient = _weight_gradient(job, weight, whole)
+        return hidden_gradient, weight_gradient, None, None, *[None] * len(job.teachers.tensors())
+
+
+def _uniform(upstream: Tensor, weights: Tensor | None) -> Tensor:
+    """The one value of `upstream` [T] where the weights are not zero."""
+    active = upstream if weights is None else upstream[weights != 0]
+    if not active.numel():
+        return upstream.new_zeros(())
+    low, high = active.aminmax()
+    if low != high:
+        raise ValueError(
+            f"gradient='in_forward' took the weight's gradient for one upstream gradient of all rows, but it is "
+            f"{float(low)} to {float(high)}: pass the factors of the rows as `weights`, or gradient='recompute'"
+        )
+    return low

@@ -1,0 +1,69 @@
+"""What the Triton kernels share: tiles whose reductions stay inside a thread, and the change of centre.
+
+A tile is [GROUPS, LANES, VEC]: a lane loads GROUPS times VEC neighbouring columns, 16 bytes at once. Reducing a
+tile over its first and last axis needs no other thread, so a loop that keeps its sums per lane has neither a
+shuffle nor a barrier in it; lanes meet once, after the loop.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NEG = tl.constexpr(-1.0e30)
+"""Stands for minus infinity: a maximum of nothing. Finite, so that differences of two of them are 0 and not NaN."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exp(x):
+    """e^x with one multiplication and the hardware's 2^x."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def lane_max(tile):
+    """[GROUPS, LANES, VEC] -> [LANES]"""
+    return tl.max(tl.max(tile, 2), 0)
+
+
+@triton.jit
+def lane_sum(tile):
+    """[GROUPS, LANES, VEC] -> [LANES]"""
+    return tl.sum(tl.sum(tile, 2), 0)
+
+
+@triton.jit
+def tile_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Columns of a tile: neighbouring lanes read neighbouring 16 bytes."""
+    group = tl.arange(0, GROUPS)[:, None, None] * (LANES * VEC)
+    lane = tl.arange(0, LANES)[None, :, None] * VEC
+    return group + lane + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def load_masked(pointer, columns, inside):
+    """fp32 logits; NEG outside and for -inf."""
+    return tl.where(inside, tl.maximum(tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32), NEG), NEG)
+
+
+@triton.jit
+def recentre(Z, F, D, A, E, B, dm, dn):
+    """Sums about (m, n) -> sums about (m - dm, n - dn): dm = old - new student maximum, dn the teacher's, in bits.
+
+    All but Z and F are in bits, too: what stands beside an exponential is then the very number it is made of, and
+    the rounding of x log2(e) perturbs the logits, to which the divergence is blind in first order.
+    """
+    a = tl.exp2(dm)
+    b = tl.exp2(dn)
+    W = Z + F
+    E = b * (E + (dn - dm) * W)
+    B = b * (B + dn * W)
+    D = a * (D + (dm - dn) * Z)
+    A = a * (A + dm * Z)
+    F = b * F + (b - a) * Z
+    return a * Z, F, D, A, E, B

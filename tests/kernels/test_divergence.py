@@ -1,0 +1,209 @@
+"""Operations on logits: every kind, on 1 to 8 gloo ranks, values and gradients against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels import VocabShard, divergence, reference, topk_divergence
+from kernels.objective import Objective
+from tests.kernels.ranks import Ranks
+from tests.kernels.shares import Share, draw, errors, share_expected, solve_share, solve_stats, wrong_shards
+
+KINDS = ("reverse_kl", "forward_kl", "jsd", "mixed")
+SIZES = (1, 2, 4, 8)
+
+
+def compare(
+    ranks: Ranks, size: int, share: Share, values: float, gradients: float, operation: str = "divergence"
+) -> tuple[int, int]:
+    found = ranks.run(size, solve_share, share, operation)
+    value, gradient = errors(found, share_expected(share, operation))
+    assert value < values
+    assert gradient < gradients
+    return found[0].collectives
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab", [32, 151, 1000])
+@pytest.mark.parametrize("size", SIZES)
+def test_float32(ranks: Ranks, size: int, vocab: int, kind: str) -> None:
+    collectives = compare(ranks, size, Share(vocab=vocab, seed=vocab, kind=kind), 2e-6, 1e-5)  # type: ignore[arg-type]
+    assert collectives == (0 if size == 1 else 2 if kind == "jsd" else 1, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 4])
+def test_float64(ranks: Ranks, size: int, kind: str) -> None:
+    compare(ranks, size, Share(dtype=torch.float64, kind=kind, temperature=0.7), 1e-13, 1e-12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    "share",
+    [
+        Share(temperature=2.0),
+        Share(masked=True),
+        Share(weighted=True),
+        Share(weighted=True, temperature=0.5, inplace=True),
+        Share(inplace=True),
+        Share(strided=True),
+        Share(tokens=1),
+        Share(tokens=0),
+        Share(rows_per_rank=151),
+        Share(offsets=(40.0, -40.0)),
+        Share(offsets=(-40.0, 40.0)),
+    ],
+)  # fmt: skip
+def test_variants(ranks: Ranks, size: int, share: Share, kind: str) -> None:
+    compare(ranks, size, replace(share, kind=kind), 3e-6, 1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_bfloat16(ranks: Ranks, kind: str, inplace: bool) -> None:
+    """What is left is the rounding of the gradient itself: the reference gets the very same bf16 logits."""
+    share = Share(dtype=torch.bfloat16, kind=kind, inplace=inplace, vocab=1000)  # type: ignore[arg-type]
+    compare(ranks, 2, share, 3e-6, 3e-3)
+
+
+@pytest.mark.parametrize(
+    ("noise", "low", "high", "values", "gradients"),
+    [
+        (1.4e-3, 1e-7, 2e-6, 1e-3, 1e-3),
+        (1.4e-2, 3e-5, 2e-4, 1e-4, 1e-4),
+        (0.14, 2e-3, 2e-2, 1e-5, 1e-5),
+        (1.0, 0.1, 2.0, 3e-6, 1e-5),
+        (4.0, 1.5, 15.0, 3e-6, 1e-5),
+    ],
+)
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "mixed", "jsd"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_from_tiny_to_huge(
+    ranks: Ranks, size: int, kind: str, noise: float, low: float, high: float, values: float, gradients: float
+) -> None:
+    share = Share(vocab=1000, noise=noise, kind=kind, offsets=(0.0, 3.0))  # type: ignore[arg-type]
+    drawn = draw(share)
+    kl = reference.reverse_kl(drawn.student.double(), drawn.teacher.double())
+    assert low < kl.min() and kl.max() < high
+    compare(ranks, size, share, values, gradients)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_real_vocabulary(ranks: Ranks, size: int) -> None:
+    share = Share(vocab=151936, tokens=3, spread=3.0, kind="mixed")
+    compare(ranks, size, share, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("share", [Share(), Share(temperature=2.0), Share(inplace=True), Share(masked=True)])
+def test_token_logprob(ranks: Ranks, size: int, share: Share) -> None:
+    assert compare(ranks, size, share, 2e-6, 1e-5, "logprob") == (0 if size == 1 else 1, 0)
+
+
+@pytest.mark.parametrize("form", ["raw", "tail", "renormalised"])
+@pytest.mark.parametrize("of", ["teacher", "student", "union"])
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_topk(ranks: Ranks, size: int, kind: str, of: str, form: str) -> None:
+    share = Share(kind=kind, of=of, form=form, vocab=67, temperature=1.5)  # type: ignore[arg-type]
+    compare(ranks, size, share, 2e-6, 1e-5, "topk")
+
+
+def test_topk_of_everything_is_the_divergence() -> None:
+    drawn = draw(Share(vocab=32))
+    ids = torch.arange(32).expand(11, 32)
+    log_q = drawn.teacher.log_softmax(-1)
+    value = topk_divergence(drawn.student, ids, log_q)
+    torch.testing.assert_close(value, reference.reverse_kl(drawn.student, drawn.teacher), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_statistics(ranks: Ranks, size: int) -> None:
+    share = Share(vocab=151, kind="forward_kl", noise=2.0, seed=3)
+    drawn = draw(share)
+    z, t = drawn.student.double(), drawn.teacher.double()
+    want = reference.statistics(z, t, drawn.token_ids, 1.0)
+    assert 0 < want[5].sum() < 11
+    for stats in ranks.run(size, solve_stats, share):
+        found = (stats.reverse_kl, stats.student_entropy, stats.teacher_entropy, stats.student_logprob,
+                 stats.teacher_logprob, stats.agreement)  # fmt: skip
+        for got, right in zip(found, want, strict=True):
+            torch.testing.assert_close(got.double(), right, rtol=3e-6, atol=1e-6)
+
+
+def test_second_backward_in_place() -> None:
+    logits = torch.randn(3, 8, requires_grad=True)
+    loss = divergence(logits * 1, torch.randn(3, 8), inplace=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(ValueError, match="second backward"):
+        loss.backward()
+
+
+def test_in_place_is_in_place() -> None:
+    logits = torch.randn(3, 8, requires_grad=True)
+    middle = logits * 1
+    divergence(middle, torch.randn(3, 8), inplace=True).sum().backward()
+    assert logits.grad is not None
+    assert torch.equal(middle.detach(), logits.grad)
+
+
+def test_teacher_excludes_what_the_student_likes() -> None:
+    """Large, finite, and with a gradient that pushes away from it."""
+    logits = torch.tensor([[2.0, 0.0, 1.0]], requires_grad=True)
+    value = divergence(logits, torch.tensor([[-torch.inf, 0.0, 1.0]]))
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert 1e3 < value.item() < 1e5
+    assert gradient[0, 0] > 100 and gradient.isfinite().all()
+
+
+def test_reference_implementation() -> None:
+    drawn = draw(Share())
+    for kind in KINDS:
+        slow = divergence(drawn.student, drawn.teacher, kind, impl="reference")  # type: ignore[call-overload]
+        fast = divergence(drawn.student, drawn.teacher, kind, impl="torch")  # type: ignore[call-overload]
+        torch.testing.assert_close(slow, fast, rtol=1e-5, atol=1e-6)
+
+
+def test_shards_that_overlap(ranks: Ranks) -> None:
+    for message in ranks.run(2, wrong_shards):
+        assert "[0, 10), [0, 9): together not 20 rows exactly once" in message
+
+
+Z, IDS = torch.zeros(2, 5), torch.tensor([[0, 1], [2, -1]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: divergence(Z, Z[:1]), r"\(2, 5\), teacher_logits \(1, 5\)"),
+        (lambda: divergence(Z, Z.double()), "torch.float32 and torch.float64"),
+        (lambda: divergence(Z.long(), Z.long()), "expected one floating dtype"),
+        (lambda: divergence(Z, Z, "l2"), "kind must be one of .* got 'l2'"),  # type: ignore[call-overload]
+        (lambda: divergence(Z, Z, impl="cuda"), "impl must be one of .* got 'cuda'"),  # type: ignore[call-overload]
+        (lambda: divergence(Z, Z, temperature=0.0), "temperature must be positive"),
+        (lambda: divergence(Z, Z, weights=torch.ones(3)), r"weights are \(3,\)"),
+        (lambda: divergence(Z, Z, token_ids=torch.tensor([0, 5])), "token id 5 is outside"),
+        (lambda: divergence(Z, Z, shard=VocabShard.whole(6)), r"the shard holds rows \[0, 6\) of 6"),
+        (lambda: Objective("jsd", beta=1.0), r"beta must be in \(0, 1\)"),
+        (lambda: Objective("mixed", alpha=1.5), r"alpha must be in \[0, 1\]"),
+        (lambda: topk_divergence(Z, IDS, Z[:, :2], "jsd"), "kind must be reverse_kl or forward_kl"),  # type: ignore[arg-type]
+        (lambda: topk_divergence(Z, IDS + 4, Z[:, :2]), "token id"),
+        (lambda: topk_divergence(Z, IDS * 0, Z[:, :2]), "token id 0 is twice in row 0"),
+        (lambda: topk_divergence(Z, IDS, Z), r"topk_logprobs are \(2, 5\)"),
+        (lambda: topk_divergence(Z, IDS, Z[:, :2], form="top"), "form must be one of"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_bad_input(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_what_cannot_run_here_says_so() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="impl='triton' cannot run here: "):
+            divergence(Z, Z, impl="triton")

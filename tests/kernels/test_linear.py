@@ -1,0 +1,203 @@
+"""`linear_divergence` in all its options: kinds, plans, teachers, weights, main_grad; 1 to 4 ranks against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kernels import DivergenceKind, Objective, VocabShard, layer_blocks, linear_divergence, reference
+from tests.kernels.problems import CollectiveCounter, local_rows, relative_error
+from tests.kernels.ranks import Ranks
+
+TOKENS, HIDDEN = 13, 24
+COUNTS, SIZES = (5, 0, 8), (24, 16, 40)
+"""Rows and hidden sizes of three teachers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    kind: DivergenceKind = "reverse_kl"
+    vocab: int = 151
+    teachers: str = "one"
+    """one, routed, mixture."""
+    gradient: str = "recompute"
+    weighted: bool = False
+    temperature: float = 1.0
+    chunk_tokens: int | None = None
+    dtype: torch.dtype = torch.float32
+    main_grad: bool = False
+    small_blocks: bool = False
+    """Several slabs of the vocabulary."""
+
+
+def tensors(case: Case) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor]:
+    source = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    hidden, weight = normal(TOKENS, HIDDEN), 0.5 * normal(case.vocab, HIDDEN)
+    heads = [0.5 * normal(case.vocab, size) for size in SIZES]
+    counts = COUNTS if case.teachers == "routed" else (TOKENS,) * 3
+    states = [normal(count, size) for count, size in zip(counts, SIZES, strict=True)]
+    if case.teachers == "one":
+        states, heads = [hidden + 0.3 * normal(TOKENS, HIDDEN)], [weight]
+    weights = torch.rand(TOKENS, generator=source) if case.weighted else None
+    if weights is not None:
+        weights[[0, 1, 6, 12]] = 0.0
+    upstream = torch.rand(TOKENS, generator=source) - 0.3
+    if case.gradient == "in_forward":
+        upstream = torch.full((TOKENS,), 0.7)
+    to = case.dtype
+    return hidden.to(to), weight.to(to), [h.to(to) for h in states], [h.to(to) for h in heads], weights, upstream
+
+
+BEFORE = 2.0**-7
+"""What main_grad holds already; little, or adding to it would round off what is compared."""
+
+MIXTURE = (0.5, 0.3, 0.2)
+INDEX = torch.tensor([0] * 5 + [2] * 8)
+
+
+def solve_case(group: ProcessGroup, case: Case) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """Value, dX, dW of this rank, collectives."""
+    if case.small_blocks:
+        layer_blocks.BLOCK_ELEMENTS, layer_blocks.SMALLEST_SLAB = 64, 8
+    try:
+        return _solve(group, case)
+    finally:
+        layer_blocks.BLOCK_ELEMENTS, layer_blocks.SMALLEST_SLAB = 1 << 22, 1024
+
+
+def _solve(group: ProcessGroup, case: Case) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    hidden, weight, states, heads, weights, upstream = tensors(case)
+    rows = -(-case.vocab // dist.get_world_size(group))
+    shard = VocabShard.of_rank(rows, case.vocab, group)
+    hidden.requires_grad_()
+    weight = local_rows(weight, shard, rows).requires_grad_()
+    heads = [local_rows(head, shard, rows) for head in heads]
+    one = case.teachers == "one"
+    main_grad = torch.full((rows, HIDDEN), BEFORE) if case.main_grad else None
+    with CollectiveCounter() as counter:
+        value = linear_divergence(
+            hidden, weight, states[0] if one else states, heads[0] if one else heads, case.kind, alpha=0.3, beta=0.25,
+            shard=shard, temperature=case.temperature, weights=weights, chunk_tokens=case.chunk_tokens,
+            teacher_index=INDEX if case.teachers == "routed" else None,
+            teacher_mixture=MIXTURE if case.teachers == "mixture" else None,
+            gradient=case.gradient, main_grad=main_grad, impl="torch",  # type: ignore[arg-type]
+        ).divergence  # fmt: skip
+        forward = counter.calls
+        value.backward(upstream.to(value.dtype))
+    assert hidden.grad is not None
+    if main_grad is not None:
+        assert weight.grad is None
+        weight_grad = main_grad - BEFORE
+    else:
+        assert weight.grad is not None and weight.grad.dtype == case.dtype
+        weight_grad = weight.grad
+    assert not weight_grad[shard.rows :].any()
+    return value.detach(), hidden.grad, weight_grad[: shard.rows], (forward, counter.calls - forward)
+
+
+def expected_case(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, states, heads, weights, upstream = tensors(case)
+    x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = [state.double() @ head.double().T for state, head in zip(states, heads, strict=True)]
+    teacher = torch.cat(logits)
+    if case.teachers == "mixture":
+        teacher = torch.stack([share * each for share, each in zip(MIXTURE, logits, strict=True)]).sum(0)
+    value = reference.divergence(x @ w.T, teacher, Objective(case.kind, 0.3, 0.25, case.temperature))
+    if weights is not None:
+        value = value * weights
+    return value.detach(), *torch.autograd.grad(value, (x, w), upstream.double())
+
+
+def check(ranks: Ranks, size: int, case: Case, values: float = 2e-6, gradients: float = 1e-5) -> tuple[int, int]:
+    found = ranks.run(size, solve_case, case)
+    value, hidden_grad, weight_grad = expected_case(case)
+    assert all(torch.equal(each[0], found[0][0]) for each in found)
+    assert relative_error(found[0][0], value) < values
+    assert relative_error(torch.stack([each[1].double() for each in found]).sum(0), hidden_grad) < gradients
+    assert relative_error(torch.cat([each[2] for each in found]), weight_grad) < gradients
+    return found[0][3]
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "mixed"])
+@pytest.mark.parametrize("teachers", ["one", "routed", "mixture"])
+@pytest.mark.parametrize("gradient", ["recompute", "in_forward"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_kinds_teachers_plans(ranks: Ranks, size: int, gradient: str, teachers: str, kind: str) -> None:
+    case = Case(kind=kind, teachers=teachers, gradient=gradient, temperature=1.3)  # type: ignore[arg-type]
+    forward, backward = check(ranks, size, case)
+    assert backward == 0
+    if gradient == "recompute":
+        assert forward == (0 if size == 1 else 2 if kind == "jsd" else 1)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "mixed"])
+@pytest.mark.parametrize("small_blocks", [False, True])
+@pytest.mark.parametrize("gradient", ["recompute", "in_forward"])
+@pytest.mark.parametrize("main_grad", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_blocks_weights_main_grad(
+    ranks: Ranks, size: int, main_grad: bool, gradient: str, small_blocks: bool, kind: str
+) -> None:
+    case = Case(kind=kind, gradient=gradient, main_grad=main_grad, small_blocks=small_blocks, weighted=True,
+                teachers="routed", chunk_tokens=3)  # type: ignore[arg-type] # fmt: skip
+    check(ranks, size, case)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("gradient", ["recompute", "in_forward"])
+@pytest.mark.parametrize("small_blocks", [False, True])
+def test_bfloat16(ranks: Ranks, small_blocks: bool, gradient: str, kind: str) -> None:
+    case = Case(kind=kind, gradient=gradient, small_blocks=small_blocks, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    check(ranks, 2, case, gradients=3e-3)
+
+
+def test_statistics_are_those_of_the_logits() -> None:
+    hidden, weight, states, heads, _, _ = tensors(Case())
+    ids = torch.arange(TOKENS)
+    stats = linear_divergence(hidden, weight, states[0], heads[0], token_ids=ids, return_stats=True)
+    want = reference.statistics(hidden @ weight.T, states[0] @ heads[0].T, ids, 1.0)
+    assert stats.agreement is not None and stats.teacher_logprob is not None and stats.teacher_entropy is not None
+    assert torch.equal(stats.agreement.float(), want[5])
+    torch.testing.assert_close(stats.teacher_logprob, want[4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.teacher_entropy, want[2], rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_in_forward_needs_one_upstream_gradient() -> None:
+    hidden, weight, states, heads, _, _ = tensors(Case())
+    weight.requires_grad_()
+    value = linear_divergence(hidden, weight, states[0], heads[0], gradient="in_forward").divergence
+    with pytest.raises(ValueError, match=r"it is 1\.0 to 2\.0: pass the factors of the rows as `weights`"):
+        value.backward(torch.tensor([1.0, 2.0] + [1.0] * 11))
+
+
+X, W = torch.zeros(3, 4), torch.zeros(5, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: linear_divergence(X, W, [X[:2], X[:1]], [W, W], teacher_index=torch.tensor([0, 1, 0])),
+         "not sorted by teacher: row 2 has teacher 0 after 1"),
+        (lambda: linear_divergence(X, W, [X[:2], X[:1]], [W, W], teacher_index=torch.tensor([0, 1, 1])),
+         r"have \[2, 1\] rows, teacher_index says \[1, 2\]"),
+        (lambda: linear_divergence(X, W, X, [W, W], teacher_index=torch.tensor([0, 1, 2])), "0 to 2, but there are 2"),
+        (lambda: linear_divergence(X, W, X, [W, W]), "2 teacher heads in a list need a teacher_index"),
+        (lambda: linear_divergence(X, W, [X], [W, W], teacher_mixture=[1.0]), "1 teacher_hidden, 2 heads, 1 mixture"),
+        (lambda: linear_divergence(X, W, X, W, main_grad=torch.zeros(4, 4)), r"main_grad is \(4, 4\)"),
+        (lambda: linear_divergence(X, W, X, W, gradient="both"), "gradient must be"),  # type: ignore[arg-type]
+        (lambda: linear_divergence(X, W, X, W, weights=torch.ones(2)), r"weights are \(2,\)"),
+    ],
+)  # fmt: skip
+def test_bad_input(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
