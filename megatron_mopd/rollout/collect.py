@@ -86,15 +86,15 @@ def _share(own: Sequence[Rollout], problem: str | None, prompts: Sequence[Prompt
 
     Prompts are on every rank already and do not travel.
     """
-    problems = [problem] if world.size == 1 else world.all_gather_objects(problem)
-    for message in problems:
-        if message is not None:
-            raise ConfigError(message)
-    if world.size == 1:
+    if world.size == 1 and problem is None:
         return list(own)
     place = {prompt.id: index for index, prompt in enumerate(prompts)}
     stripped = [(place[r.prompt.id], replace(r, prompt=_NOWHERE)) for r in own]
-    pairs = [pair for part in world.all_gather_objects(stripped) for pair in part]
+    gathered = world.all_gather_objects((problem, stripped))
+    for message, _ in gathered:
+        if message is not None:
+            raise ConfigError(message)
+    pairs = [pair for _, part in gathered for pair in part]
     pairs.sort(key=lambda pair: (pair[0], pair[1].sample))
     return [replace(rollout, prompt=prompts[index]) for index, rollout in pairs]
 
