@@ -84,12 +84,7 @@ def linear_divergence(
     if token_ids is not None:
         check_tokens(token_ids, tokens, device, shard.vocab_size)
     _check_main_grad(main_grad, student_weight)
-    teachers = Teachers(
-        tuple(each.detach() for each in teachers.hidden),
-        tuple(each.detach() for each in teachers.weight),
-        teachers.bounds,
-        teachers.mixture,
-    )
+    teachers = _detached(teachers)
     elements = tokens * shard.rows
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -110,6 +105,11 @@ def linear_divergence(
     if return_stats:
         return DivergenceStats.of(value, statistics, token_ids is not None)
     return DivergenceStats(value, statistics)
+
+
+def _detached(teachers: Teachers) -> Teachers:
+    hidden, weight = (tuple(each.detach() for each in tensors) for tensors in (teachers.hidden, teachers.weight))
+    return Teachers(hidden, weight, teachers.bounds, teachers.mixture)
 
 
 def _whole(student_weight: Tensor, teachers: Teachers) -> VocabShard:
