@@ -1,4 +1,4 @@
-"""Builds the C++ row primitives once for each machine, compiler and source, and loads them.
+"""Builds the C++ of kernels/csrc once for each machine, compiler and source, and loads them.
 
 A plain shared library without a header of torch: three seconds of any C++ compiler, and no need for ninja. It is kept
 in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`) under a hash of everything that went into it; ranks
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("rows.cpp", "divergence.h", "jsd_token.h", "columns.h", "simd.h")
+UNITS = ("rows.cpp", "products.cpp")
+HEADERS = ("divergence.h", "jsd_token.h", "columns.h", "simd.h")
 FLAGS = ("-std=gnu++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-w")
 INSTRUCTION_SETS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
@@ -52,7 +53,7 @@ def load(instruction_set: str) -> ctypes.CDLL:
     if not path:
         raise Unavailable(f"no C++ compiler: {compiler or 'c++, g++, clang++'} not found")
     folder = _cache_folder()
-    library = folder / f"rows-{instruction_set}-{_fingerprint(path, instruction_set)}.so"
+    library = folder / f"kernels-{instruction_set}-{_fingerprint(path, instruction_set)}.so"
     try:
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def _sources() -> Path:
 def _fingerprint(compiler: str, instruction_set: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     parts = [compiler.encode(), version, *(flag.encode() for flag in FLAGS + INSTRUCTION_SETS[instruction_set])]
-    parts += [(_sources() / name).read_bytes() for name in SOURCES]
+    parts += [(_sources() / name).read_bytes() for name in UNITS + HEADERS]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -89,10 +90,10 @@ def _build(compiler: str, instruction_set: str, library: Path) -> None:
         built = Path(folder) / library.name
         for openmp in OPENMP:
             flags = FLAGS + INSTRUCTION_SETS[instruction_set] + openmp
-            command = [compiler, *flags, str(_sources() / SOURCES[0]), "-o", str(built)]
+            command = [compiler, *flags, *(str(_sources() / name) for name in UNITS), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 os.replace(built, library)
                 return
     first = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
-    raise Unavailable(f"{compiler} could not build {SOURCES[0]}: {first}")
+    raise Unavailable(f"{compiler} could not build {UNITS[0]}: {first}")

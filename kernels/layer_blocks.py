@@ -26,9 +26,13 @@ KEPT_ELEMENTS = 1 << 20
 """Up to here (4 MiB in fp32) backward keeps forward's exponentials: cheaper than making the logits again."""
 
 
-def whole_chunk(vocab_rows: int) -> int:
+SMALLEST_CHUNK = {"cpu": 512, "cuda": 1024}
+"""Tokens below which a product with the whole weight is slow: reading (and on a CPU packing) the weight shows."""
+
+
+def whole_chunk(vocab_rows: int, device: torch.device) -> int:
     """Tokens whose logits over `vocab_rows` rows make a chunk."""
-    return max(1, CHUNK_ELEMENTS // max(1, vocab_rows))
+    return max(SMALLEST_CHUNK.get(device.type, 1), CHUNK_ELEMENTS // max(1, vocab_rows))
 
 
 def cut(

@@ -132,7 +132,10 @@ class Recompute(torch.autograd.Function):
 
 
 class InForward(torch.autograd.Function):
-    """The gradient chunk by chunk while the logits are there; backward only scales it."""
+    """The gradient of the logits chunk by chunk while they are there; backward has the matrix products.
+
+    What is kept is whichever is smaller: dlogits of all tokens, in 16 bits where the layer multiplies those, or dW.
+    """
 
     @staticmethod
     def forward(
@@ -141,15 +144,13 @@ class InForward(torch.autograd.Function):
         base, dtype = job.base, accumulation_dtype(hidden.dtype)
         layer = OutputLayer(hidden, weight, base.shard.rows, dtype)
         # From what all ranks know, so that all have the same chunks: there is a collective in each.
-        size = job.chunk_tokens or whole_chunk(-(-base.shard.vocab_size // base.shard.ranks))
-        chunks = split(active_runs(weights, len(hidden)), size)
-        every = slice(0, len(layer.weight))
-        blocks = LayerBlocks(layer, job.teachers, (every,), chunks, base.objective.temperature)
+        size = job.chunk_tokens or whole_chunk(-(-base.shard.vocab_size // base.shard.ranks), hidden.device)
+        runs, every = active_runs(weights, len(hidden)), slice(0, len(layer.weight))
+        blocks = LayerBlocks(layer, job.teachers, (every,), split(runs, size), base.objective.temperature)
         value = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
         report = value.new_zeros((6, len(hidden)) if base.stats else len(hidden))
-        gradients = LayerGradients(
-            layer, weight, hidden=ctx.needs_input_grad[0], weight=ctx.needs_input_grad[1], main_grad=None
-        )
+        gradients = _collector(ctx, LinearJob(base, job.teachers, None, None), layer, weight)
+        kept = _room_for_dlogits(layer)
         for chunk in blocks.chunks:
             held = sweep.Held(blocks.student(every, chunk), blocks.teacher(every, chunk))
             ids = None if base.token_ids is None else base.token_ids[chunk]
@@ -159,10 +160,12 @@ class InForward(torch.autograd.Function):
             value[chunk] = result.value.to(dtype)
             report[..., chunk] = _report(LinearJob(part, job.teachers, None, None), result.joined, dtype)
             rows = sweep.coefficients(part, (result.joined.sums, result.pair), unit, dtype)
-            gradients.add(every, chunk, sweep.gradient(part, held.z, held.t, rows, held.z))
-        ctx.job, ctx.upstream_must_be_uniform = job, ctx.needs_input_grad[1]
+            room = layer.room(held.z) if kept is None else kept[chunk]
+            dlogits = sweep.gradient(part, held.z, held.t, rows, room)
+            if kept is None:
+                gradients.add(every, chunk, dlogits)
+        ctx.job, ctx.gradients, ctx.kept, ctx.runs = job, gradients, kept, runs
         ctx.save_for_backward(hidden, weight, weights)
-        ctx.gradients = gradients
         ctx.mark_non_differentiable(report)
         return value, report
 
@@ -170,18 +173,43 @@ class InForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         _hidden, weight, weights = ctx.saved_tensors
-        job, gradients = ctx.job, ctx.gradients
+        job, found, layer = ctx.job, ctx.gradients, ctx.gradients.layer
+        factor = _uniform(upstream, weights) if found.want_weight else None
+        if ctx.kept is not None:
+            found = _products_of_kept(ctx, layer, weight, factor)
         hidden_gradient = weight_gradient = None
-        if gradients.hidden_sum is not None:
-            hidden_gradient = (gradients.hidden_sum * upstream[:, None]).to(gradients.layer.hidden.dtype)
-        elif gradients.want_hidden:
-            hidden_gradient = torch.zeros_like(gradients.layer.hidden)
-        if gradients.want_weight:
-            factor = _uniform(upstream, weights)
-            whole = LayerGradients(gradients.layer, weight, hidden=False, weight=True, main_grad=job.main_grad)
-            whole.take(gradients, factor)
+        if found.hidden_sum is not None:
+            hidden_gradient = (found.hidden_sum * upstream[:, None]).to(layer.hidden.dtype)
+        elif found.want_hidden:
+            hidden_gradient = torch.zeros_like(layer.hidden)
+        if factor is not None:
+            whole = found
+            if ctx.kept is None:
+                whole = LayerGradients(layer, weight, hidden=False, weight=True, main_grad=job.main_grad)
+                whole.take(found, factor)
             weight_gradient = _weight_gradient(job, weight, whole)
         return hidden_gradient, weight_gradient, None, None, *[None] * len(job.teachers.tensors())
+
+
+def _room_for_dlogits(layer: OutputLayer) -> Tensor | None:
+    """[T, rows], unless dW in the accumulation dtype is smaller."""
+    tokens, (rows, width) = len(layer.hidden), layer.weight.shape
+    if tokens * layer.dlogits_dtype.itemsize > width * layer.dtype.itemsize:
+        return None
+    return torch.empty(tokens, rows, dtype=layer.dlogits_dtype, device=layer.hidden.device)
+
+
+def _products_of_kept(ctx: Any, layer: OutputLayer, weight: Tensor, factor: Tensor | None) -> LayerGradients:
+    """dX without the upstream gradient, and dW with it."""
+    gradients = _collector(ctx, ctx.job, layer, weight)
+    if factor is not None and (factor.is_cuda or factor != 1.0):  # looking at it would stall a GPU
+        gradients.weight_factor = factor
+    slabs, _ = cut(len(layer.hidden), len(layer.weight), layer.hidden.shape[1], None, None)
+    for slab in slabs:
+        for run in ctx.runs:
+            gradients.add(slab, run, ctx.kept[run, slab])
+        gradients.finish_slab(slab)
+    return gradients
 
 
 def _uniform(upstream: Tensor, weights: Tensor | None) -> Tensor:

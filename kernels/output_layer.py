@@ -6,14 +6,20 @@ bf16 operands are multiplied exactly and summed in fp32, on tensor cores where t
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels import products_cpp
 from kernels.objective import FLOATS, accumulation_dtype
 from kernels.shard import VocabShard
 
 __all__ = ["LayerGradients", "OutputLayer", "accumulation_dtype", "check_layer"]
+
+WORTH_PACKING = 1 << 20
+"""Weights from which bf16 products on a CPU are worth their packing: below, fp32 copies are small and as fast."""
 
 
 def check_layer(name: str, hidden: Tensor, weight: Tensor, shard: VocabShard) -> None:
@@ -29,33 +35,70 @@ def check_layer(name: str, hidden: Tensor, weight: Tensor, shard: VocabShard) ->
 
 
 class OutputLayer:
-    """The counted rows of one weight, and the hidden states it turns into logits."""
+    """The counted rows of one weight, and the hidden states it turns into logits.
+
+    16-bit operands are multiplied as they are where that can give fp32 (`products`: tensor cores, or oneDNN's bf16
+    kernel on a CPU); dlogits are then rounded to their dtype, which costs 0.2 % of the gradient at any divergence.
+    Otherwise slabs of the weight are copied to fp32 and so are the dlogits.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, rows: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.on_tensor_cores = hidden.is_cuda and hidden.dtype.itemsize == 2 and dtype == torch.float32
+        self.products = _products(hidden, weight, dtype)
         self.hidden = hidden
         self.weight = weight[:rows]
         self._slab: tuple[slice, Tensor] | None = None
 
-    def rows(self, slab: slice) -> Tensor:
-        """[slab, H] of the weight as it is multiplied: in fp32 where there are no tensor cores, one slab at a time."""
-        if self.on_tensor_cores or self.weight.dtype == self.dtype:
+    @property
+    def dlogits_dtype(self) -> torch.dtype:
+        return self.dtype if self.products == "copies" else self.hidden.dtype
+
+    def room(self, logits: Tensor) -> Tensor:
+        """Where dlogits of a block may be written that has these logits, which are not needed after it."""
+        return logits if self.dlogits_dtype == logits.dtype else torch.empty_like(logits, dtype=self.dlogits_dtype)
+
+    def logits(self, slab: slice, chunk: slice) -> Tensor:
+        """[C, rows of the slab], a fresh tensor that the caller may overwrite."""
+        if self.products == "onednn":
+            return products_cpp.nt(self.hidden[chunk], self.weight[slab])
+        return self._multiply(self.hidden[chunk], self._rows(slab).t())
+
+    def hidden_part(self, dlogits: Tensor, slab: slice, into: Tensor | None) -> Tensor:
+        """dz W of a block [C, H], or added to `into`."""
+        if self.products == "onednn":
+            return products_cpp.nn(dlogits, self.weight[slab], into)
+        part = self._multiply(dlogits, self._rows(slab))
+        return part if into is None else into.add_(part)
+
+    def weight_part(self, dlogits: Tensor, chunk: slice, into: Tensor | None) -> Tensor:
+        """dz^T X of a block [rows of the slab, H], or added to `into`."""
+        if self.products == "onednn":
+            return products_cpp.tn(dlogits, self.hidden[chunk], into)
+        part = self._multiply(dlogits.t(), self.hidden[chunk])
+        return part if into is None else into.add_(part)
+
+    def _rows(self, slab: slice) -> Tensor:
+        """[slab, H] of the weight as it is multiplied: without 16-bit products in fp32, one slab at a time."""
+        if self.products == "tensor_cores" or self.weight.dtype == self.dtype:
             return self.weight[slab]
         if self._slab is None or self._slab[0] != slab:
             self._slab = None  # first let go of the old one
             self._slab = (slab, self.weight[slab].to(self.dtype))
         return self._slab[1]
 
-    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
+    def _multiply(self, left: Tensor, right: Tensor) -> Tensor:
         """left @ right, summed and returned in `dtype`."""
-        if self.on_tensor_cores:
-            return torch.mm(left.to(self.hidden.dtype), right, out_dtype=self.dtype)
+        if self.products == "tensor_cores":
+            return torch.mm(left, right, out_dtype=self.dtype)
         return torch.mm(left.to(self.dtype), right.to(self.dtype))
 
-    def logits(self, slab: slice, chunk: slice) -> Tensor:
-        """[C, rows of the slab], a fresh tensor that the caller may overwrite."""
-        return self.multiply(self.hidden[chunk], self.rows(slab).t())
+
+def _products(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Literal["tensor_cores", "onednn", "copies"]:
+    if hidden.is_cuda and hidden.dtype.itemsize == 2 and dtype == torch.float32:
+        return "tensor_cores"
+    if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and weight.numel() >= WORTH_PACKING:
+        return "onednn" if products_cpp.available() else "copies"
+    return "copies"
 
 
 class LayerGradients:
@@ -70,32 +113,40 @@ class LayerGradients:
     ) -> None:
         self.layer, self.want_hidden, self.want_weight, self.main_grad = layer, hidden, weight, main_grad
         self.hidden_sum: Tensor | None = None
+        self.weight_factor: Tensor | None = None
+        """[] that dW of a slab is multiplied by when it is done."""
         self.full = full
         self.weight_grad: Tensor | None = None
         self._slab_sum: Tensor | None = None
 
+    def room(self, logits: Tensor) -> Tensor:
+        return self.layer.room(logits)
+
     def add(self, slab: slice, chunk: slice, dlogits: Tensor) -> None:
-        """dlogits [C, rows of the slab], in the accumulation dtype."""
+        """dlogits [C, rows of the slab], best in the layer's `dlogits_dtype`."""
         layer = self.layer
+        dlogits = dlogits.to(layer.dlogits_dtype)
         if self.want_hidden:
-            part = layer.multiply(dlogits, layer.rows(slab))
-            if self.hidden_sum is None and len(part) == len(layer.hidden):
-                self.hidden_sum = part
+            if self.hidden_sum is None and len(dlogits) == len(layer.hidden):
+                self.hidden_sum = layer.hidden_part(dlogits, slab, None)
             else:
                 if self.hidden_sum is None:
                     self.hidden_sum = torch.zeros_like(layer.hidden, dtype=layer.dtype)
-                self.hidden_sum[chunk] += part
-        if self.want_weight:
-            part = layer.multiply(dlogits.t(), layer.hidden[chunk])
-            self._slab_sum = part if self._slab_sum is None else self._slab_sum.add_(part)
+                layer.hidden_part(dlogits, slab, self.hidden_sum[chunk])
+        if self.want_weight and self.main_grad is not None and self.weight_factor is None:
+            layer.weight_part(dlogits, chunk, self.main_grad[slab])
+        elif self.want_weight:
+            self._slab_sum = layer.weight_part(dlogits, chunk, self._slab_sum)
 
     def finish_slab(self, slab: slice) -> None:
         """No more of this slab's blocks will come."""
         part, self._slab_sum = self._slab_sum, None
         if part is None:
             return
+        if self.weight_factor is not None:
+            part.mul_(self.weight_factor)
         if self.main_grad is not None:
-            self.main_grad[slab.start : slab.stop].add_(part)
+            self.main_grad[slab].add_(part)
         elif len(part) == len(self.layer.weight):
             self.weight_grad = pad(part, (0, 0, 0, len(self.full) - len(part))).to(self.full.dtype)
         else:

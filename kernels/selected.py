@@ -140,7 +140,8 @@ class FromLayer(torch.autograd.Function):
             for chunk in blocks.chunks:
                 logits = blocks.student(slab, chunk)
                 local, owned = job.local(ids[chunk], slab)
-                part = gradient(job, logits, local, owned, sums[0, chunk], sums[1, chunk], h[chunk], logits)
+                room = gradients.room(logits)
+                part = gradient(job, logits, local, owned, sums[0, chunk], sums[1, chunk], h[chunk], room)
                 gradients.add(slab, chunk, part)
             gradients.finish_slab(slab)
         return gradients.hidden_gradient(), gradients.weight_gradient(), None, None

@@ -133,8 +133,9 @@ def gradient(job: Job, student: Tensor, teacher: Tensor, rows: Tensor, out: Tens
 
 
 class Collector(Protocol):
-    """Takes dlogits in the accumulation dtype."""
+    """Takes dlogits, best where it has made `room` for them."""
 
+    def room(self, logits: Tensor) -> Tensor: ...
     def add(self, slab: slice, chunk: slice, dlogits: Tensor) -> None: ...
     def finish_slab(self, slab: slice) -> None: ...
 
@@ -145,7 +146,8 @@ def backward(job: Job, blocks: Blocks, rows: Tensor, collector: Collector) -> No
         for chunk in blocks.chunks:
             student = blocks.student(slab, chunk)
             part = rows[:, chunk].contiguous()
-            collector.add(slab, chunk, gradient(job, student, blocks.teacher(slab, chunk), part, student))
+            room = collector.room(student)
+            collector.add(slab, chunk, gradient(job, student, blocks.teacher(slab, chunk), part, room))
         collector.finish_slab(slab)
 
 
