@@ -209,6 +209,8 @@ def _by_reference(
         raise ValueError("impl='reference' is for one rank: autograd does not differentiate a collective")
     dtype = accumulation_dtype(student.dtype)
     z, t = student.to(dtype), teacher.to(dtype)
+    if weights is not None:  # before, not only after: 0 * NaN is NaN in the gradient
+        z, t = (torch.where(weights[:, None] != 0, each, 0.0) for each in (z, t))
     value = reference.divergence(z, t, objective)
     value = value if weights is None else torch.where(weights != 0, value * weights, 0.0)
     if not return_stats:

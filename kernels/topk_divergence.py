@@ -54,7 +54,7 @@ def topk_divergence(
     impl: Implementation = "auto",
 ) -> Tensor:
     """weights * divergence on the support, [T] in nats, fp32 (float64 for float64). `reference.topk_divergence` has
-    the formulas: "raw" (MOPD Eq. 5), "tail", "renormalised".
+    the formulas: "raw" (MOPD Eq. 5), "tail", "renormalised". A log-prob counts as at least -1e4, on either side.
 
     Shapes: student: logits [T, columns], or hidden states [T, H] with student_weight [rows, H], of this rank's
     `shard`; topk_ids [T, k] global ids, the same on every rank, -1 for an unused place (`support` makes them);
@@ -164,5 +164,8 @@ def _global_top(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
     packet[:mine], packet[k : k + mine] = values[:, :mine].t(), (places[:, :mine] + shard.start).t()
     gathered = shard.gather(packet)
     values, ids = gathered[:, :k].flatten(0, 1), gathered[:, k:].flatten(0, 1)
+    # Places that a short shard could not fill come last, also after tokens of -inf.
+    last = (ids == shard.vocab_size).to(torch.int8).sort(dim=0, stable=True).indices
+    values, ids = values.gather(0, last), ids.gather(0, last)
     order = values.sort(dim=0, descending=True, stable=True).indices[:k]
     return ids.gather(0, order).t().long()
