@@ -91,7 +91,10 @@ def divergence(
     no memory beyond the inputs, and a second backward raises ValueError. bf16 logits are themselves a rounding: at
     a KL of 1e-3 it alone makes the gradient 96 % wrong; prefer fp32 logits or `linear_divergence`.
 
-    Bytes a logit: 4 read forward, 4 read and 2 written backward in bf16; twice that in fp32; jsd reads once more.
+    Bytes a logit: 4 read forward, 4 read and 2 written backward in bf16; twice that in fp32; jsd reads once more. A
+    temperature other than 1 costs scaled fp32 copies in each pass, `READ_ELEMENTS` of either side at a time (+ 24
+    bytes a bf16 logit); `linear_divergence` scales in place. The sums are not linear in the logits: it takes a factor
+    inside the row primitives to do without.
     Collectives: one all-gather of [6, T] (8 for forward_kl and mixed, 12 with statistics), one more of [2, T] for
     jsd; none in backward. Every rank gets the same bits.
 

@@ -2,8 +2,10 @@
 
 With z the student's logits, t the teacher's, m = max z, n = max t over the shard, x = z - m, y = t - n.
 Logits are [C, rows] in fp32, bf16, fp16 or float64 and are never changed (but for `out`); sums and rows come in
-the accumulation dtype. A logit of -inf is a token with probability 0, on either side. A teacher's logit further
-than 1e4 below its maximum counts as 1e4: what the teacher excludes and the student does not costs a lot, not inf.
+the accumulation dtype. A logit of -inf is a token with probability 0, on either side. Beside the other side's, a logit
+further than 1e4 below the maximum of its part of the vocabulary (shard, or lane of a kernel) counts as 1e4 below: what
+one side excludes and the other does not costs a lot, not inf (and, by the choice of the part, up to 1e-3 more or less).
+The gradient there is that of a logit which is merely very small.
 No collectives. Rows are worked through a few at a time, so that the temporaries stay in the cache.
 """
 
@@ -173,4 +175,5 @@ def _over_mix(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor
     size, as nothing is added to a d that is to be taken off again, and vanishing with it."""
     d = log_q - log_p
     shrunk = d.abs().neg_().expm1_()  # in (-1, 0]: of q / p where q < p, of p / q elsewhere
-    return torch.where(d > 0, 1.0 - beta, beta).mul(shrunk).log1p_().neg_(), d
+    above, below = (torch.full((), each, dtype=d.dtype, device=d.device) for each in (1.0 - beta, beta))
+    return torch.where(d > 0, above, below).mul_(shrunk).log1p_().neg_(), d

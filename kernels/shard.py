@@ -8,6 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+LARGEST_VOCABULARY = 1 << 24
+"""Ids travel in fp32."""
+
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
@@ -27,6 +30,8 @@ class VocabShard:
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.vocab_size or self.vocab_size == 0:
             raise ValueError(f"rows [{self.start}, {self.stop}) are not a part of a vocabulary of {self.vocab_size}")
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(f"vocabularies of up to {LARGEST_VOCABULARY} tokens are possible, got {self.vocab_size}")
         if self.ranks == 1 and self.rows != self.vocab_size:
             raise ValueError(
                 f"rows [{self.start}, {self.stop}) of {self.vocab_size} and no other rank: "
