@@ -91,10 +91,10 @@ def divergence(
     no memory beyond the inputs, and a second backward raises ValueError. bf16 logits are themselves a rounding: at
     a KL of 1e-3 it alone makes the gradient 96 % wrong; prefer fp32 logits or `linear_divergence`.
 
-    Bytes a logit: 4 read forward, 4 read and 2 written backward in bf16; twice that in fp32; jsd reads once more. A
-    temperature other than 1 costs scaled fp32 copies in each pass, `READ_ELEMENTS` of either side at a time (+ 24
-    bytes a bf16 logit); `linear_divergence` scales in place. The sums are not linear in the logits: it takes a factor
-    inside the row primitives to do without.
+    Bytes a logit: 4 read forward, 4 read and 2 written backward in bf16; twice that in fp32; jsd reads once more.
+    A temperature other than 1 costs scaled fp32 copies in each pass, `READ_ELEMENTS` of either side at a time (+ 16
+    bytes a logit and side in bf16, + 8 in fp32): only a factor inside the row primitives would do without, as sums at
+    one temperature say nothing of another. `linear_divergence` scales in place.
     Collectives: one all-gather of [6, T] (8 for forward_kl and mixed, 12 with statistics), one more of [2, T] for
     jsd; none in backward. Every rank gets the same bits.
 
@@ -154,7 +154,11 @@ class LogitBlocks:
         return self._tempered(self._teacher[chunk])
 
     def _tempered(self, logits: Tensor) -> Tensor:
-        return logits if self.temperature == 1.0 else logits.to(self.dtype) / self.temperature
+        if self.temperature == 1.0:
+            return logits
+        if logits.dtype == self.dtype:
+            return logits / self.temperature
+        return logits.to(self.dtype).div_(self.temperature)
 
 
 class _Divergence(torch.autograd.Function):

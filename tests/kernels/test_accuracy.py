@@ -62,7 +62,7 @@ def test_never_worse_than_torch_in_the_same_dtype(
 def test_every_row_at_a_divergence_of_1e_4(impl: Implementation, kind: DivergenceKind, vocab: int) -> None:
     drawn = draw(Share(vocab=vocab, tokens=32, noise=0.016, offsets=(0.0, 3.0)))
     want = reference.divergence(drawn.student.double(), drawn.teacher.double(), Objective(kind))
-    assert want.min() > 3e-5 and want.max() < 3e-4
+    assert want.min() > 3e-5 and want.max() < 6e-4
     got = divergence(drawn.student, drawn.teacher, kind, impl=impl).double()
     assert ((got - want) / want).abs().max() < 1e-4
 
