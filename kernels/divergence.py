@@ -92,6 +92,9 @@ def divergence(
     a KL of 1e-3 it alone makes the gradient 96 % wrong; prefer fp32 logits or `linear_divergence`.
 
     Bytes a logit: 4 read forward, 4 read and 2 written backward in bf16; twice that in fp32; jsd reads once more.
+    A temperature other than 1 costs scaled fp32 copies in each pass, `READ_ELEMENTS` of either side at a time (+ 16
+    bytes a logit and side in bf16, + 8 in fp32): only a factor inside the row primitives would do without, as sums at
+    one temperature say nothing of another. `linear_divergence` scales in place.
     Collectives: one all-gather of [6, T] (8 for forward_kl and mixed, 12 with statistics), one more of [2, T] for
     jsd; none in backward. Every rank gets the same bits.
 
@@ -151,7 +154,11 @@ class LogitBlocks:
         return self._tempered(self._teacher[chunk])
 
     def _tempered(self, logits: Tensor) -> Tensor:
-        return logits if self.temperature == 1.0 else logits.to(self.dtype) / self.temperature
+        if self.temperature == 1.0:
+            return logits
+        if logits.dtype == self.dtype:
+            return logits / self.temperature
+        return logits.to(self.dtype).div_(self.temperature)
 
 
 class _Divergence(torch.autograd.Function):
@@ -209,6 +216,8 @@ def _by_reference(
         raise ValueError("impl='reference' is for one rank: autograd does not differentiate a collective")
     dtype = accumulation_dtype(student.dtype)
     z, t = student.to(dtype), teacher.to(dtype)
+    if weights is not None:  # before, not only after: 0 * NaN is NaN in the gradient
+        z, t = (torch.where(weights[:, None] != 0, each, 0.0) for each in (z, t))
     value = reference.divergence(z, t, objective)
     value = value if weights is None else torch.where(weights != 0, value * weights, 0.0)
     if not return_stats:

@@ -76,11 +76,12 @@ def check_tokens(token_ids: Tensor, tokens: int, device: torch.device, vocab_siz
     check_ids(token_ids, vocab_size)
 
 
-def check_ids(token_ids: Tensor, vocab_size: int) -> None:
+def check_ids(token_ids: Tensor, vocab_size: int, lowest: int = 0) -> None:
+    """lowest: -1 where that marks an unused place."""
     if token_ids.numel():
         low, high = (int(bound) for bound in token_ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+        if low < lowest or high >= vocab_size:
+            raise ValueError(f"token id {low if low < lowest else high} is outside the vocabulary of {vocab_size}")
 
 
 def active_runs(weights: Tensor | None, tokens: int) -> list[slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,10 +11,31 @@ from kernels.objective import Objective
 
 TopkForm = Literal["raw", "tail", "renormalised"]
 
+LOWEST = -1e4
+"""In place of -inf, below the row's maximum: 0 log 0 is 0, and to exclude what the other side likes costs much, not
+inf. The gradient passes as if the logit were merely very small: that of the forward KL is p - q there too."""
+
+
+class _Floored(torch.autograd.Function):
+    """max(each, lowest [T, 1] or a number), gradient unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, lowest: Tensor) -> Tensor:
+        return values.maximum(lowest)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream, None
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    lowest = logits.detach().amax(-1, keepdim=True) + LOWEST
+    return _Floored.apply(logits, lowest).log_softmax(-1)
+
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """[T, V] twice -> [T]: sum_j p_j (log p_j - log q_j), in nats."""
-    return _kl(student_logits.log_softmax(-1), teacher_logits.log_softmax(-1))
+    return _kl(_log_softmax(student_logits), _log_softmax(teacher_logits))
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -26,12 +47,10 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, objective: Objective) -> Tensor:
     """[T, V] twice -> [T], in nats; `Objective` has the formulas."""
-    log_p = (student_logits / objective.temperature).log_softmax(-1)
-    log_q = (teacher_logits / objective.temperature).log_softmax(-1)
+    log_p = _log_softmax(student_logits / objective.temperature)
+    log_q = _log_softmax(teacher_logits / objective.temperature)
     if objective.kind == "jsd":
         beta = torch.tensor(objective.beta, dtype=log_p.dtype, device=log_p.device)
-        # In place of -inf, which has no gradient; e^-1e4 is 0.
-        log_p, log_q = log_p.clamp(min=-1e4), log_q.clamp(min=-1e4)
         mix = torch.logaddexp(beta.log() + log_q, (1 - beta).log() + log_p)
         return beta * _kl(log_q, mix) + (1 - beta) * _kl(log_p, mix)
     if objective.kind == "reverse_kl":
@@ -60,17 +79,20 @@ def token_logprob(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """[T, V] -> [T]: -sum_j p_j log p_j, in nats."""
     log_p = (logits / temperature).log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
+    return -(log_p.exp() * log_p.clamp(min=LOWEST)).sum(-1)
 
 
 def topk_divergence(log_p: Tensor, log_q: Tensor, kind: str, form: TopkForm, used: Tensor | None = None) -> Tensor:
-    """[T, k] raw log-probs of student and teacher on a support S of each row -> [T]; `used` [T, k] marks S.
+    """[T, k] raw log-probs of student and teacher on a support S of each row -> [T]; `used` [T, k] marks S. A log-prob
+    counts as at least `LOWEST`.
 
     With (a, b) = (p, q) for reverse_kl, (q, p) for forward_kl:
     raw           sum_S a log(a / b) - a + b     MOPD, arXiv 2606.30406 Eq. 5: every term >= 0, and 0 only at a = b
     tail          sum_S a log(a / b) + A log(A / B), A = 1 - sum_S a, B likewise: what is not in S is one more token
     renormalised  sum_S a' log(a' / b'), a' = a / sum_S a: blind to how much of the mass S holds
     """
+    lowest = log_p.new_tensor(LOWEST)
+    log_p, log_q = (_Floored.apply(each, lowest) for each in (log_p, log_q))
     if used is not None:
         log_p, log_q = (torch.where(used, each, -torch.inf) for each in (log_p, log_q))
     if form == "renormalised":

@@ -2,8 +2,10 @@
 
 With z the student's logits, t the teacher's, m = max z, n = max t over the shard, x = z - m, y = t - n.
 Logits are [C, rows] in fp32, bf16, fp16 or float64 and are never changed (but for `out`); sums and rows come in
-the accumulation dtype. A logit of -inf is a token with probability 0, on either side. A teacher's logit further
-than 1e4 below its maximum counts as 1e4: what the teacher excludes and the student does not costs a lot, not inf.
+the accumulation dtype. A logit of -inf is a token with probability 0, on either side. Beside the other side's, a logit
+further than 1e4 below the maximum of its part of the vocabulary (shard, or lane of a kernel) counts as 1e4 below: what
+one side excludes and the other does not costs a lot, not inf (and, by the choice of the part, up to 1e-3 more or less).
+The gradient there is that of a logit which is merely very small.
 No collectives. Rows are worked through a few at a time, so that the temporaries stay in the cache.
 """
 
@@ -97,10 +99,9 @@ def jsd_sums(student: Tensor, teacher: Tensor, rows: Tensor, beta: float) -> Ten
         return sums
     for block in _blocks(student):
         log_p, log_q = _log_probabilities(student, teacher, rows, block)
-        p_over_mix = _log_p_over_mix(log_p, log_q, beta)
-        q_over_mix = (log_q - log_p).add_(p_over_mix)
-        sums[0, block] = log_p.exp_().mul_(p_over_mix).sum(-1)
-        sums[1, block] = log_q.exp_().mul_(q_over_mix).sum(-1)
+        common, difference = _over_mix(log_p, log_q, beta)
+        sums[0, block] = log_p.exp_().mul_(common - difference.clamp(min=0.0)).sum(-1)
+        sums[1, block] = log_q.exp_().mul_(common.add_(difference.clamp_(max=0.0))).sum(-1)
     return sums
 
 
@@ -109,7 +110,8 @@ def jsd_gradient(student: Tensor, teacher: Tensor, rows: Tensor, beta: float, ou
     scale; `out` may be `student`."""
     for block in _blocks(student):
         log_p, log_q = _log_probabilities(student, teacher, rows, block)
-        difference = _log_p_over_mix(log_p, log_q, beta).sub_(rows[2, block, None])
+        common, difference = _over_mix(log_p, log_q, beta)
+        difference = common.sub_(difference.clamp_(min=0.0)).sub_(rows[2, block, None])
         out[block] = difference.mul_(log_p.exp_()).mul_((1.0 - beta) * rows[3, block, None])
     return out
 
@@ -168,9 +170,10 @@ def _log_probabilities(student: Tensor, teacher: Tensor, rows: Tensor, block: sl
     return log_p, log_q
 
 
-def _log_p_over_mix(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """log p - log(beta q + (1 - beta) p), from d = log q - log p so that it vanishes with d, for d of any size."""
+def _over_mix(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(l, d) with d = log q - log p, log p - log m = l - max(d, 0) and log q - log m = l + min(d, 0): for d of any
+    size, as nothing is added to a d that is to be taken off again, and vanishing with it."""
     d = log_q - log_p
     shrunk = d.abs().neg_().expm1_()  # in (-1, 0]: of q / p where q < p, of p / q elsewhere
-    above = d > 0
-    return torch.where(above, 1.0 - beta, beta).mul(shrunk).log1p_().add_(d.clamp_(min=0)).neg_()
+    above, below = (torch.full((), each, dtype=d.dtype, device=d.device) for each in (1.0 - beta, beta))
+    return torch.where(d > 0, above, below).mul_(shrunk).log1p_().neg_(), d

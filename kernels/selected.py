@@ -91,9 +91,11 @@ def gradient(job: TokenJob, logits: Tensor, local: Tensor, owned: Tensor, m: Ten
     rows = torch.stack((m, -h.sum(-1) / z, h[:, 0] if one else torch.zeros_like(m))).to(dtype)
     ids = local[:, 0].contiguous() if one else local.new_zeros(len(local))
     here = owned[:, 0].contiguous() if one else owned.new_zeros(len(owned))
+    exact = one or out.dtype == dtype
+    # Where p is near 1, h - p sum h is small: p's part must not be rounded to bf16 first. `out` may be `logits`.
+    places = None if exact else (logits.gather(1, local).to(dtype) - rows[0, :, None]).exp_().mul_(rows[1, :, None])
     job.kernels.token_gradient(logits, ids, here, rows, out)
-    if not one:  # p's part is in `out`; the sum is formed in the accumulation dtype at these k places only
-        places = out.gather(1, local).to(dtype) if out.dtype != dtype else None
+    if not one:  # p's part is in `out`
         hits = torch.where(owned, h, 0.0).to(dtype)
         if places is None:
             out.scatter_add_(1, local, hits)

@@ -8,6 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+LARGEST_VOCABULARY = 1 << 24
+"""Ids travel in fp32."""
+
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
@@ -27,6 +30,8 @@ class VocabShard:
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.vocab_size or self.vocab_size == 0:
             raise ValueError(f"rows [{self.start}, {self.stop}) are not a part of a vocabulary of {self.vocab_size}")
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(f"vocabularies of up to {LARGEST_VOCABULARY} tokens are possible, got {self.vocab_size}")
         if self.ranks == 1 and self.rows != self.vocab_size:
             raise ValueError(
                 f"rows [{self.start}, {self.stop}) of {self.vocab_size} and no other rank: "
@@ -80,26 +85,32 @@ class VocabShard:
         own = packet.new_zeros(k, tokens + 1)
         own[:, :tokens] = packet
         own[0, tokens], own[1, tokens] = self.start, self.stop
+        if k > 2:  # a packet of two is jsd's second
+            own[2, tokens] = self.vocab_size
         gathered = packet.new_empty(self.ranks * k, tokens + 1)
         # torch 2.13 renamed it; the GPU images still carry older releases.
         all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         all_gather(gathered, own, group=self.group)
         packets = gathered.view(self.ranks, k, tokens + 1)
         if not packet.is_cuda or self not in _COVERING:
-            self._check_cover(packets[:, :2, tokens].long().tolist())
+            self._check_cover(packets[:, :3, tokens].long().tolist())
             _COVERING.add(self)
         return packets[:, :, :tokens]
 
     def _check_cover(self, bounds: list[list[int]]) -> None:
+        """bounds: start, stop and perhaps vocab_size of each rank."""
+        sizes = sorted({each[2] for each in bounds if len(each) > 2})
+        if len(sizes) > 1:
+            raise ValueError(f"the ranks hold parts of vocabularies of {' and '.join(map(str, sizes))}")
         reached = 0
-        for start, stop in bounds:
+        for start, stop, *_ in bounds:
             if start != reached:
                 break
             reached = stop
         else:
             if reached == self.vocab_size:
                 return
-        held = ", ".join(f"[{start}, {stop})" for start, stop in bounds)
+        held = ", ".join(f"[{start}, {stop})" for start, stop, *_ in bounds)
         raise ValueError(f"the ranks hold rows {held}: together not {self.vocab_size} rows exactly once in rank order")
 
 

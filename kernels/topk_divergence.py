@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import Implementation, row_kernels
-from kernels.objective import accumulation_dtype, check_ids, check_temperature, check_weights
+from kernels.objective import FLOATS, accumulation_dtype, check_ids, check_temperature, check_weights
 from kernels.output_layer import check_layer
 from kernels.reference import TopkForm
 from kernels.selected import FromLayer, FromLogits, TokenJob
@@ -54,7 +54,7 @@ def topk_divergence(
     impl: Implementation = "auto",
 ) -> Tensor:
     """weights * divergence on the support, [T] in nats, fp32 (float64 for float64). `reference.topk_divergence` has
-    the formulas: "raw" (MOPD Eq. 5), "tail", "renormalised".
+    the formulas: "raw" (MOPD Eq. 5), "tail", "renormalised". A log-prob counts as at least -1e4, on either side.
 
     Shapes: student: logits [T, columns], or hidden states [T, H] with student_weight [rows, H], of this rank's
     `shard`; topk_ids [T, k] global ids, the same on every rank, -1 for an unused place (`support` makes them);
@@ -103,7 +103,7 @@ def _check_support(ids: Tensor, logprobs: Tensor, student: Tensor, vocab_size: i
         raise ValueError(f"topk_logprobs are {given}: expected {tuple(ids.shape)} floats, one for each id")
     if ids.device != student.device or logprobs.device != student.device:
         raise ValueError(f"student is on {student.device}, topk_ids on {ids.device}, topk_logprobs {logprobs.device}")
-    check_ids(ids.clamp(min=-1) + 1 if ids.numel() and ids.min() >= -1 else ids, vocab_size + 1)
+    check_ids(ids, vocab_size, lowest=-1)
     ordered = ids.sort(-1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
@@ -138,11 +138,13 @@ def support(
         "student": [student_logits],
         "union": [teacher_logits, student_logits],
     }
+    check_temperature(temperature)
+    check_logits(teacher_logits, shard)
     found = []
     for logits in searched[of]:
         if logits is None:
             raise ValueError(f"the support of the {of} needs student_logits")
-        check_logits(logits, shard)
+        _check_alike(logits, teacher_logits)
         found.append(_global_top(logits[:, : shard.rows], k, shard))
     ids = found[0]
     if of == "union":
@@ -151,6 +153,13 @@ def support(
     kernels = row_kernels(impl, teacher_logits.device, teacher_logits.dtype, teacher_logits.numel())
     logprobs, _, _ = _from_logits(teacher_logits, ids, TokenJob(shard, kernels, temperature))
     return Support(ids, logprobs)
+
+
+def _check_alike(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape or student.device != teacher.device or student.dtype not in FLOATS:
+        given = (f"{name}_logits {tuple(each.shape)} {each.dtype} on {each.device}"
+                 for name, each in (("student", student), ("teacher", teacher)))  # fmt: skip
+        raise ValueError(f"{', '.join(given)}: expected the same shape and device")
 
 
 def _global_top(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
@@ -164,5 +173,8 @@ def _global_top(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
     packet[:mine], packet[k : k + mine] = values[:, :mine].t(), (places[:, :mine] + shard.start).t()
     gathered = shard.gather(packet)
     values, ids = gathered[:, :k].flatten(0, 1), gathered[:, k:].flatten(0, 1)
+    # Places that a short shard could not fill come last, also after tokens of -inf.
+    last = (ids == shard.vocab_size).to(torch.int8).sort(dim=0, stable=True).indices
+    values, ids = values.gather(0, last), ids.gather(0, last)
     order = values.sort(dim=0, descending=True, stable=True).indices[:k]
     return ids.gather(0, order).t().long()

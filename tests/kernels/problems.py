@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kernels import VocabShard, linear_divergence, reference, token_logprob
+from kernels import VocabShard, linear_divergence, reference, token_logprob, topk_divergence
+from kernels.dispatch import Implementation
+from kernels.reference import TopkForm
 
-COLLECTIVES = (
-    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "broadcast", "reduce",
-    "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "gather", "barrier",
-)  # fmt: skip
+COLLECTIVES = tuple(
+    name
+    for name in dir(dist)
+    if name.startswith(
+        ("all_", "broadcast", "reduce", "gather", "scatter", "send", "recv", "isend", "irecv", "barrier")
+    )
+    and type(vars(dist)[name]) is FunctionType
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +40,11 @@ class Problem:
     """Added to all logits of student and teacher. If given, the weights are the identity and the hidden
     states the logits, so that nothing is rounded before the kernel."""
     temperature: float = 1.0
+    impl: Implementation = "auto"
+    form: TopkForm = "raw"
+    kind: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
+    """As `form`, of `topk`."""
+    k: int = 5
     seed: int = 0
 
     def rows(self, size: int) -> int:
@@ -101,6 +113,10 @@ def expected(problem: Problem, operation: str) -> Found:
     if operation == "divergence":
         teacher_logits = inputs.teacher_hidden.double() @ inputs.teacher_weight.double().T
         value, entropy = reference.reverse_kl(logits, teacher_logits), reference.entropy(logits)
+    elif operation == "topk":
+        ids, log_q = teacher_top(problem, inputs)
+        log_p = (logits / problem.temperature).log_softmax(-1).gather(1, ids)
+        value = entropy = reference.topk_divergence(log_p, log_q, problem.kind, problem.form)
     else:
         value = reference.token_logprob(logits, inputs.token_ids, problem.temperature)
         entropy = reference.entropy(logits, problem.temperature)
@@ -108,12 +124,24 @@ def expected(problem: Problem, operation: str) -> Found:
     return Found(value.detach(), entropy.detach(), hidden_grad, weight_grad)
 
 
+def teacher_top(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """ids and log-probs [T, k] in float64, the same on every rank."""
+    logits = inputs.teacher_hidden.double() @ inputs.teacher_weight.double().T
+    top = (logits / problem.temperature).log_softmax(-1).topk(problem.k)
+    return top.indices, top.values
+
+
 class CollectiveCounter:
     """Counts calls of torch.distributed's collectives while they go on working."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.sent: list[tuple[str, torch.dtype, int, int]] = []
+        """Of each: its name, dtype and shape of what this rank contributes to an all-gather."""
         self.originals = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+
+    @property
+    def calls(self) -> int:
+        return len(self.sent)
 
     def __enter__(self) -> CollectiveCounter:
         for name, original in self.originals.items():
@@ -126,7 +154,8 @@ class CollectiveCounter:
 
     def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
+            own = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else torch.empty(0, 0)
+            self.sent.append((original.__name__, own.dtype, *own.shape))
             return original(*args, **kwargs)
 
         return call
@@ -155,12 +184,19 @@ def solve(group: ProcessGroup, problem: Problem, operation: str) -> Found:
                 teacher_weight,
                 shard=shard,
                 chunk_tokens=problem.chunk_tokens,
+                impl=problem.impl,
             )
             value, entropy = stats.divergence, stats.student_entropy
+        elif operation == "topk":
+            value = topk_divergence(
+                hidden, *teacher_top(problem, inputs), problem.kind, student_weight=weight, form=problem.form,
+                shard=shard, temperature=problem.temperature, chunk_tokens=problem.chunk_tokens, impl=problem.impl,
+            )  # fmt: skip
+            entropy = value.detach()
         else:
             tokens = token_logprob(
                 hidden, weight, inputs.token_ids,
-                shard=shard, temperature=problem.temperature, chunk_tokens=problem.chunk_tokens,
+                shard=shard, temperature=problem.temperature, chunk_tokens=problem.chunk_tokens, impl=problem.impl,
             )  # fmt: skip
             value, entropy = tokens.logprob, tokens.entropy
         forward = counter.calls

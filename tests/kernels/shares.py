@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from kernels import (
     token_logprob,
     topk_divergence,
 )
+from kernels.dispatch import Implementation
 from tests.kernels.problems import CollectiveCounter, relative_error
 
 
@@ -38,6 +40,8 @@ class Share:
     beta: float = 0.25
     masked: bool = False
     """Some tokens are -inf on both sides, and the first 40 in the first row."""
+    one_sided: bool = False
+    """Some tokens are -inf for the student, others for the teacher."""
     weighted: bool = False
     """Some rows have weight 0 and NaN logits."""
     inplace: bool = False
@@ -46,6 +50,7 @@ class Share:
     impl: str = "torch"
     form: str = "raw"
     of: str = "teacher"
+    k: int = 7
     seed: int = 0
 
     @property
@@ -79,6 +84,9 @@ def draw(share: Share) -> Drawn:
         hidden[:1, : min(40, share.vocab // 2)] = True
         hidden[torch.arange(share.tokens), token_ids] = False
         student[hidden] = teacher[hidden] = -torch.inf
+    if share.one_sided:
+        student[:, 3::7] = teacher[:, 5::7] = -torch.inf
+        token_ids = torch.arange(share.tokens) % 3
     weights = None
     if share.weighted:
         weights = torch.rand(share.tokens, generator=source) + 0.1
@@ -98,6 +106,7 @@ class Solved:
     value: Tensor
     grad: Tensor
     stats: tuple[Tensor, ...] = ()
+    """entropy and most likely token of `logprob`"""
     collectives: tuple[int, int] = (0, 0)
 
 
@@ -108,22 +117,31 @@ def columns(logits: Tensor, shard: VocabShard, rows: int, strided: bool) -> Tens
     return local[:, :rows]
 
 
-def call(share: Share, operation: str, student: Tensor, teacher: Tensor, drawn: Drawn, shard: VocabShard) -> Tensor:
-    weights = drawn.weights
+def call(
+    share: Share, operation: str, student: Tensor, teacher: Tensor, drawn: Drawn, shard: VocabShard
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    weights, impl = drawn.weights, cast(Implementation, share.impl)
     if operation == "divergence":
-        return divergence(
+        value = divergence(
             student, teacher, share.kind, alpha=share.alpha, beta=share.beta, shard=shard, weights=weights,
-            temperature=share.temperature, impl=share.impl, inplace=share.inplace,  # type: ignore[arg-type]
+            temperature=share.temperature, impl=impl, inplace=share.inplace,
         )  # fmt: skip
+        return value, ()
     if operation == "logprob":
-        return token_logprob(
-            student, None, drawn.token_ids, shard=shard, temperature=share.temperature, inplace=share.inplace
-        ).logprob
-    chosen = support(student, teacher, 7, share.of, shard=shard, temperature=share.temperature)  # type: ignore[arg-type]
-    return topk_divergence(
-        student, chosen.ids, chosen.logprobs, share.kind, form=share.form, shard=shard,  # type: ignore[arg-type]
-        temperature=share.temperature, weights=weights,
+        tokens = token_logprob(
+            student, None, drawn.token_ids, shard=shard, temperature=share.temperature, inplace=share.inplace,
+            impl=impl, top=True,
+        )  # fmt: skip
+        assert tokens.top is not None
+        return tokens.logprob, (tokens.entropy, tokens.top)
+    chosen = support(
+        student, teacher, share.k, share.of, shard=shard, temperature=share.temperature, impl=impl,  # type: ignore[arg-type]
     )  # fmt: skip
+    value = topk_divergence(
+        student, chosen.ids, chosen.logprobs, share.kind, form=share.form, shard=shard,  # type: ignore[arg-type]
+        temperature=share.temperature, weights=weights, impl=impl,
+    )  # fmt: skip
+    return value, (chosen.ids, chosen.logprobs)
 
 
 def solve_share(group: ProcessGroup | None, share: Share, operation: str = "divergence") -> Solved:
@@ -135,12 +153,12 @@ def solve_share(group: ProcessGroup | None, share: Share, operation: str = "dive
     student = leaf * 1 if share.inplace else leaf
     teacher = columns(drawn.teacher, shard, rows, share.strided)
     with CollectiveCounter() as counter:
-        value = call(share, operation, student, teacher, drawn, shard)
+        value, stats = call(share, operation, student, teacher, drawn, shard)
         forward = counter.calls
         (grad,) = torch.autograd.grad(value, leaf, drawn.upstream)
     assert not grad[:, shard.rows :].any()
     assert grad.dtype == share.dtype
-    return Solved(value.detach(), grad[:, : shard.rows], (), (forward, counter.calls - forward))
+    return Solved(value.detach(), grad[:, : shard.rows], stats, (forward, counter.calls - forward))
 
 
 def solve_stats(group: ProcessGroup, share: Share) -> DivergenceStats:
@@ -157,12 +175,12 @@ def topk_expected(share: Share, z: Tensor, t: Tensor) -> Tensor:
     log_p, log_q = (each.div(share.temperature).log_softmax(-1) for each in (z, t))
     values = []
     for row in range(len(z)):
-        of_teacher = t[row].sort(descending=True, stable=True).indices[:7].tolist()
-        of_student = z[row].sort(descending=True, stable=True).indices[:7].tolist()
+        of_teacher = t[row].sort(descending=True, stable=True).indices[: share.k].tolist()
+        of_student = z[row].sort(descending=True, stable=True).indices[: share.k].tolist()
         ids = {"teacher": of_teacher, "student": of_student, "union": sorted({*of_teacher, *of_student})}[share.of]
         pair = (each[row, ids][None] for each in (log_p, log_q))
         values.append(reference.topk_divergence(*pair, share.kind, share.form)[0])  # type: ignore[arg-type]
-    return torch.stack(values)
+    return torch.stack(values) if values else z.sum(-1)
 
 
 def share_expected(share: Share, operation: str = "divergence") -> Solved:
@@ -171,10 +189,13 @@ def share_expected(share: Share, operation: str = "divergence") -> Solved:
     active = torch.ones(share.tokens, dtype=torch.bool) if drawn.weights is None else drawn.weights != 0
     student = drawn.student.double()[active].requires_grad_()
     teacher = drawn.teacher.double()[active]
+    stats: tuple[Tensor, ...] = ()
     if operation == "divergence":
         value = reference.divergence(student, teacher, share.objective)
     elif operation == "logprob":
         value = reference.token_logprob(student, drawn.token_ids[active], share.temperature)
+        tempered = student.detach() / share.temperature
+        stats = (reference.entropy(tempered), student.detach().argmax(-1))
     else:
         value = topk_expected(share, student, teacher)
     scale = torch.ones(share.tokens) if drawn.weights is None else drawn.weights
@@ -183,22 +204,13 @@ def share_expected(share: Share, operation: str = "divergence") -> Solved:
     full_value = torch.zeros(share.tokens, dtype=torch.float64)
     full_grad = torch.zeros(share.tokens, share.vocab, dtype=torch.float64)
     full_value[active], full_grad[active] = value.detach(), grad
-    return Solved(full_value, full_grad)
+    return Solved(full_value, full_grad, stats)
 
 
 def errors(found: list[Solved], want: Solved) -> tuple[float, float]:
     """Relative errors of value and gradient; the ranks' values must be equal to the bit."""
-    assert all(torch.equal(each.value, found[0].value) for each in found)
+    for each in found:
+        assert torch.equal(each.value, found[0].value)
+        assert all(map(torch.equal, each.stats, found[0].stats))
     grad = torch.cat([each.grad for each in found], 1)
     return relative_error(found[0].value, want.value), relative_error(grad, want.grad)
-
-
-def wrong_shards(group: ProcessGroup) -> str:
-    """Two ranks that both think they hold the first half."""
-    rows = 10 if dist.get_rank(group) == 0 else 9
-    shard = VocabShard(0, rows, 20, group)
-    try:
-        divergence(torch.zeros(2, rows), torch.zeros(2, rows), shard=shard)
-    except ValueError as error:
-        return str(error)
-    return ""

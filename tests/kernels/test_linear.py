@@ -1,9 +1,9 @@
-"""`linear_divergence` in all its options: kinds, plans, teachers, weights, main_grad; 1 to 4 ranks against float64."""
+"""`linear_divergence` in all its options: kinds, plans, teachers, weights, main_grad; 1 to 8 ranks against float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -32,6 +32,8 @@ class Case:
     chunk_tokens: int | None = None
     dtype: torch.dtype = torch.float32
     main_grad: bool = False
+    impl: str = "torch"
+    rows_per_rank: int | None = None
     small_blocks: bool = False
     """Several slabs of the vocabulary."""
 
@@ -77,7 +79,7 @@ def solve_case(group: ProcessGroup, case: Case) -> tuple[Tensor, Tensor, Tensor,
 
 def _solve(group: ProcessGroup, case: Case) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
     hidden, weight, states, heads, weights, upstream = tensors(case)
-    rows = -(-case.vocab // dist.get_world_size(group))
+    rows = case.rows_per_rank or -(-case.vocab // dist.get_world_size(group))
     shard = VocabShard.of_rank(rows, case.vocab, group)
     hidden.requires_grad_()
     weight = local_rows(weight, shard, rows).requires_grad_()
@@ -90,7 +92,7 @@ def _solve(group: ProcessGroup, case: Case) -> tuple[Tensor, Tensor, Tensor, tup
             shard=shard, temperature=case.temperature, weights=weights, chunk_tokens=case.chunk_tokens,
             teacher_index=INDEX if case.teachers == "routed" else None,
             teacher_mixture=MIXTURE if case.teachers == "mixture" else None,
-            gradient=case.gradient, main_grad=main_grad, impl="torch",  # type: ignore[arg-type]
+            gradient=case.gradient, main_grad=main_grad, impl=case.impl,  # type: ignore[arg-type]
         ).divergence  # fmt: skip
         forward = counter.calls
         value.backward(upstream.to(value.dtype))
@@ -131,9 +133,11 @@ def check(ranks: Ranks, size: int, case: Case, values: float = 2e-6, gradients: 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "mixed"])
 @pytest.mark.parametrize("teachers", ["one", "routed", "mixture"])
 @pytest.mark.parametrize("gradient", ["recompute", "in_forward"])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_kinds_teachers_plans(ranks: Ranks, size: int, gradient: str, teachers: str, kind: str) -> None:
-    case = Case(kind=kind, teachers=teachers, gradient=gradient, temperature=1.3)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("size", "impl"), [(1, "torch"), (1, "cpp"), (2, "cpp"), (4, "torch"), (8, "cpp")])
+def test_kinds_teachers_plans(
+    ranks: Ranks, size: int, impl: str, gradient: str, teachers: str, kind: DivergenceKind
+) -> None:
+    case = Case(kind=kind, teachers=teachers, gradient=gradient, temperature=1.3, impl=impl)
     forward, backward = check(ranks, size, case)
     assert backward == 0
     if gradient == "recompute":
@@ -149,16 +153,49 @@ def test_blocks_weights_main_grad(
     ranks: Ranks, size: int, main_grad: bool, gradient: str, small_blocks: bool, kind: str
 ) -> None:
     case = Case(kind=kind, gradient=gradient, main_grad=main_grad, small_blocks=small_blocks, weighted=True,
-                teachers="routed", chunk_tokens=3)  # type: ignore[arg-type] # fmt: skip
+                teachers="routed", chunk_tokens=3, impl="cpp" if size == 2 else "torch")  # type: ignore[arg-type] # fmt: skip
     check(ranks, size, case)
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("gradient", ["recompute", "in_forward"])
 @pytest.mark.parametrize("small_blocks", [False, True])
-def test_bfloat16(ranks: Ranks, small_blocks: bool, gradient: str, kind: str) -> None:
-    case = Case(kind=kind, gradient=gradient, small_blocks=small_blocks, dtype=torch.bfloat16)  # type: ignore[arg-type]
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_bfloat16(ranks: Ranks, impl: str, small_blocks: bool, gradient: str, kind: DivergenceKind) -> None:
+    case = Case(kind=kind, gradient=gradient, small_blocks=small_blocks, dtype=torch.bfloat16, impl=impl)
     check(ranks, 2, case, gradients=3e-3)
+
+
+@pytest.mark.parametrize("teachers", ["one", "routed", "mixture"])
+@pytest.mark.parametrize("gradient", ["auto", "recompute", "in_forward"])
+@pytest.mark.parametrize(("size", "rows", "impl"), [(2, 96, "cpp"), (4, 64, "torch"), (4, 151, "cpp"), (8, 25, "auto")])
+def test_padding_and_empty_shards(ranks: Ranks, size: int, rows: int, impl: str, gradient: str, teachers: str) -> None:
+    """The ranks hold 96 55, 64 64 23 0, 151 0 0 0 or 25 six times, 1 and 0; the padding is NaN."""
+    check(ranks, size, Case(rows_per_rank=rows, impl=impl, gradient=gradient, teachers=teachers, main_grad=size == 4))
+
+
+@pytest.mark.parametrize("gradient", ["auto", "recompute", "in_forward"])
+@pytest.mark.parametrize("flag", [False, True])
+def test_main_grad_of_two_micro_batches(gradient: str, flag: bool) -> None:
+    """Megatron's fp32 buffer gets both, unrounded, though the weight is bf16; with its flag autograd gets a dummy."""
+    case = Case(dtype=torch.bfloat16, gradient=gradient)
+    hidden, weight, states, heads, _, upstream = tensors(case)
+    weight.requires_grad_()
+    if flag:
+        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    main_grad = torch.zeros(weight.shape)
+    if gradient != "in_forward":
+        upstream = torch.ones(TOKENS)
+    for _ in range(2):
+        found = linear_divergence(hidden, weight, states[0], heads[0], gradient=gradient, main_grad=main_grad)  # type: ignore[arg-type]
+        found.divergence.backward(upstream)
+    want = expected_case(replace(case, gradient="in_forward"))[2] * upstream[0].double() / 0.7
+    assert relative_error(main_grad, 2 * want) < 1e-5
+    if flag:
+        assert weight.grad_added_to_main_grad is True  # type: ignore[attr-defined]
+        assert weight.grad is not None and weight.grad.shape == weight.shape and not weight.grad.any()
+    else:
+        assert weight.grad is None
 
 
 def test_statistics_are_those_of_the_logits() -> None:
