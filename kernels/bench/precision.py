@@ -194,7 +194,9 @@ COLUMNS: tuple[tuple[str, Callable[[Errors], float]], ...] = (
 
 
 def _share(error: float) -> str:
-    return f"{100 * error:.2g}%" if error >= 1e-4 else f"{error:.0e}"
+    if error < 1e-4:
+        return f"{error:.0e}"
+    return f"{100 * error:.2g}%" if error < 0.995 else f"{100 * error:.0f}%"
 
 
 def missed(errors: Sequence[Errors]) -> list[str]:

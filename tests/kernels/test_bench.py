@@ -201,6 +201,8 @@ def test_precision_tells_what_it_misses() -> None:
     assert "linear_divergence B" in line
     assert precision.pivot([good, known], lambda each: each.dlogits)[1:] == [
         ("linear_divergence A, in_forward", "-"), ("divergence, bf16 logits", "96%")]  # fmt: skip
+    assert precision.pivot([known], lambda each: 100 * each.read + 1.3)[1][1] == "150%"
+    assert precision.pivot([known], lambda each: 5e-6)[1][1] == "5e-06"
 
 
 def test_peak_is_counted() -> None:
