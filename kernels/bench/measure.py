@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ def measure(
         peak = meter.peak(entry.run)
         restore()
         warm.append((first, peak, errors))
+        print(f"{entry.name}: first call {first:.1f} s", file=sys.stderr)  # the tables come after minutes
     times: list[list[tuple[float, float]]] = [[] for _ in entries]
     for _ in range(rounds):
         for entry, found in zip(entries, times, strict=True):

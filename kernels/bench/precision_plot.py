@@ -12,7 +12,7 @@ WRONG, PLAIN = "#D55E00", "#8A9099"
 SHOWN = (
     (BF16, "torch, bf16 logits", WRONG, 0.35, 9),
     (ROUNDED, "torch, fp32 logits, bf16 dlogits", PLAIN, 0.0, 9),
-    ("linear_divergence B, recompute", "linear_divergence", OURS, 0.0, -32),
+    ("linear_divergence B, recompute", "linear_divergence", OURS, 0.0, -25),
 )
 """Method, its name in the picture, colour, where along the lines the name stands, points above (below) them."""
 PANELS: tuple[tuple[str, Callable[[Errors], float]], ...] = (
@@ -42,10 +42,12 @@ def write_plot(path: Path, errors: Sequence[Errors]) -> None:
             kl, value = (max if above > 0 else min)(anchors, key=lambda point: point[1])
             axes.annotate(name, (kl, value), (0, above), textcoords="offset points", color=colour, fontsize=10)
         axes.set(xscale="log", yscale="log")
-        axes.margins(y=0.12)
+        axes.margins(y=0.18)
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("KL(student || teacher), nats per token", color=INK)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6f}".rstrip("0").rstrip(".") + "%"))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{100 * value:.6f}".rstrip("0").rstrip(".") + "%")
+        )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(which="major", color=GRID)
         axes.set_axisbelow(True)
