@@ -48,6 +48,7 @@ class OutputLayer:
         self.hidden = hidden
         self.weight = weight[:rows]
         self._slab: tuple[slice, Tensor] | None = None
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     @property
     def dlogits_dtype(self) -> torch.dtype:
@@ -55,13 +56,17 @@ class OutputLayer:
 
     def room(self, logits: Tensor) -> Tensor:
         """Where dlogits of a block may be written that has these logits, which are not needed after it."""
-        return logits if self.dlogits_dtype == logits.dtype else torch.empty_like(logits, dtype=self.dlogits_dtype)
+        return logits if self.dlogits_dtype == logits.dtype else self._buffer(self.dlogits_dtype, *logits.shape)
 
     def logits(self, slab: slice, chunk: slice) -> Tensor:
-        """[C, rows of the slab], a fresh tensor that the caller may overwrite."""
+        """[C, rows of the slab], which the caller may overwrite and the next call does."""
+        hidden, rows = self.hidden[chunk], self.weight[slab]
+        if self.products == "tensor_cores":
+            return self._multiply(hidden, rows.t())
+        out = self._buffer(self.dtype, len(hidden), len(rows))
         if self.products == "onednn":
-            return products_cpp.nt(self.hidden[chunk], self.weight[slab])
-        return self._multiply(self.hidden[chunk], self._rows(slab).t())
+            return products_cpp.nt(hidden, rows, out)
+        return torch.mm(hidden.to(self.dtype), self._rows(slab).t(), out=out)
 
     def hidden_part(self, dlogits: Tensor, slab: slice, into: Tensor | None) -> Tensor:
         """dz W of a block [C, H], or added to `into`."""
@@ -76,6 +81,13 @@ class OutputLayer:
             return products_cpp.tn(dlogits, self.hidden[chunk], into)
         part = self._multiply(dlogits.t(), self.hidden[chunk])
         return part if into is None else into.add_(part)
+
+    def _buffer(self, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+        """The same memory for every block: blocks of changing sizes would leave holes in the heap, and grow it."""
+        size = rows * columns
+        if dtype not in self._buffers or len(self._buffers[dtype]) < size:
+            self._buffers[dtype] = torch.empty(size, dtype=dtype, device=self.hidden.device)
+        return self._buffers[dtype][:size].view(rows, columns)
 
     def _rows(self, slab: slice) -> Tensor:
         """[slab, H] of the weight as it is multiplied: without 16-bit products in fp32, one slab at a time."""

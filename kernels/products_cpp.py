@@ -52,19 +52,19 @@ def available() -> bool:
     return reason() is None
 
 
-def nt(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] b [n, k]^T -> [m, n] fp32."""
-    return _run("product_nt", a, b, (a.shape[0], b.shape[0], a.shape[1]), None)
+def nt(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [m, k] b [n, k]^T -> [m, n] fp32, written to `out` if given."""
+    return _run("product_nt", a, b, (a.shape[0], b.shape[0], a.shape[1]), out, add=False)
 
 
 def nn(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """a [m, k] b [k, n] -> [m, n] fp32, or added to `into`."""
-    return _run("product_nn", a, b, (a.shape[0], b.shape[1], a.shape[1]), into)
+    return _run("product_nn", a, b, (a.shape[0], b.shape[1], a.shape[1]), into, add=True)
 
 
 def tn(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """a [k, m]^T b [k, n] -> [m, n] fp32, or added to `into`."""
-    return _run("product_tn", a, b, (a.shape[1], b.shape[1], a.shape[0]), into)
+    return _run("product_tn", a, b, (a.shape[1], b.shape[1], a.shape[0]), into, add=True)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def _why_wrong() -> str | None:
     return None if right else "torch's bf16 matrix kernel does not compute what is expected of it"
 
 
-def _run(name: str, a: Tensor, b: Tensor, size: tuple[int, int, int], into: Tensor | None) -> Tensor:
+def _run(name: str, a: Tensor, b: Tensor, size: tuple[int, int, int], into: Tensor | None, *, add: bool) -> Tensor:
     m, n, k = size
     for which, operand in (("a", a), ("b", b)):
         if operand.dtype != torch.bfloat16 or operand.device.type != "cpu" or operand.ndim != 2:
@@ -97,13 +97,13 @@ def _run(name: str, a: Tensor, b: Tensor, size: tuple[int, int, int], into: Tens
     if into is not None and (into.shape != (m, n) or into.dtype != torch.float32 or into.stride(1) != 1):
         raise ValueError(f"into is {tuple(into.shape)} {into.dtype}: expected [{m}, {n}] torch.float32 by rows")
     if min(m, n, k) == 0:
-        return torch.zeros(m, n) if into is None else into
+        return torch.zeros(m, n) if into is None else into if add else into.zero_()
     a, b = (operand if operand.stride(1) == 1 else operand.contiguous() for operand in (a, b))
     c = torch.empty(m, n) if into is None else into
     kernel, release = _torch_functions()
     product = Product(
         a.data_ptr(), b.data_ptr(), c.data_ptr(), a.stride(0), b.stride(0), c.stride(0), m, n, k,
-        into is not None, torch.get_num_threads(), kernel, release,
+        add and into is not None, torch.get_num_threads(), kernel, release,
     )  # fmt: skip
     if getattr(load(instruction_sets()[0]), name)(ctypes.byref(product)):
         raise RuntimeError("torch's bf16 matrix kernel refused to run on this CPU")
