@@ -26,7 +26,7 @@ KEPT_ELEMENTS = 1 << 20
 """Up to here (4 MiB in fp32) backward keeps forward's exponentials: cheaper than making the logits again."""
 
 
-SMALLEST_CHUNK = {"cpu": 512, "cuda": 1024}
+SMALLEST_CHUNK = {"cpu": 128, "cuda": 1024}
 """Tokens below which a product with the whole weight is slow: reading (and on a CPU packing) the weight shows."""
 
 

@@ -16,6 +16,7 @@ constexpr long COLUMNS = 64;   // of a packed tile: four vectors of results for 
 constexpr long ROWS = 256;     // of the left-hand side in one call
 constexpr long INNER = 1024;   // terms in one call: a packed tile of 64 columns is 128 KiB
 constexpr long LONG_INNER = 2048;
+constexpr long STRIP = 32;     // pairs of rows that one thread packs at a time
 
 typedef void (*Kernel)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                        const void* a, const void* b, float* c, bool packed);
@@ -49,11 +50,12 @@ namespace {
 
 // rows [m, k] of `a` times a packed tile [k / 2][n][2] to c. The heights are powers of two below ROWS, because oneDNN
 // compiles a kernel for each size that it meets.
-void tile(const Product& p, const uint16_t* a, long lda, const uint32_t* b, float* c, long m, long n, long k, bool add) {
+void tile(const Product& p, const uint16_t* a, long lda, const uint32_t* b, float* c, long ldc, long m, long n, long k,
+          bool add) {
   long i = 0;
   for (long height = ROWS; height; height /= 2)
     for (; i + height <= m; i += height)
-      p.kernel(height, n, k, lda, n, p.ldc, add, a + i * lda, b, c + i * p.ldc, true);
+      p.kernel(height, n, k, lda, n, ldc, add, a + i * lda, b, c + i * ldc, true);
 }
 
 // The last term of an odd number of them.
@@ -90,8 +92,8 @@ void transpose_square(vi (&square)[W]) {
 template <class Load, class Element>
 void transpose_pairs(uint32_t* to, long ld, long rows, long columns, Load load, Element element) {
   const long full_rows = rows / W * W, full_columns = columns / W * W;
-  for (long p = 0; p < full_rows; p += W)
-    for (long j = 0; j < full_columns; j += W) {
+  for (long j = 0; j < full_columns; j += W)  // few rows of `from` at a time, so that the CPU sees what comes next
+    for (long p = 0; p < full_rows; p += W) {
       vi square[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) square[i] = load(p, j + i);
@@ -156,37 +158,58 @@ long blocks(long size, long block) { return (size + block - 1) / block; }
 
 extern "C" {
 
-// c[m, n] = a[m, k] b[n, k]^T
+// c[m, n] = a[m, k] b[n, k]^T, as the transpose of b a^T: `b` is the weight and much larger, so that `a` is packed.
 int product_nt(const Product* given) {
   const Product& p = *given;
-  return !parallel(p, blocks(p.n, COLUMNS), [&](long block) {
-    const long j = block * COLUMNS, n = std::min(COLUMNS, p.n - j), even = p.k / 2 * 2;
-    const uint16_t* b = p.b + j * p.ldb;
-    Buffer buffer(std::min(even, LONG_INNER) * n * 2);
-    bool add = p.add;
-    for (long k = 0; k < even; k += LONG_INNER, add = true) {
-      const long terms = std::min(LONG_INNER, even - k);
-      pack_transposed(buffer.pairs(), b + k, p.ldb, n, terms);
-      tile(p, p.a + k, p.lda, buffer.pairs(), p.c + j, p.m, n, terms, add);
-    }
-    if (even < p.k) last_term(p.c + j, p.ldc, p.a + even, p.lda, b + even, p.ldb, p.m, n, add);
+  const long even = p.k / 2 * 2, tiles = blocks(p.m, COLUMNS);
+  Buffer packed(even * tiles * COLUMNS * 2);
+  bool fine = parallel(p, tiles, [&](long block) {
+    const long i = block * COLUMNS, m = std::min(COLUMNS, p.m - i);
+    pack_transposed(packed.pairs() + i * (even / 2), p.a + i * p.lda, p.lda, m, even);
   });
+  return !(fine && parallel(p, blocks(p.n, ROWS), [&](long block) {
+    const long j = block * ROWS, n = std::min(ROWS, p.n - j);
+    Buffer result(n * COLUMNS * 4);
+    for (long i = 0; i < p.m; i += COLUMNS) {
+      const long m = std::min(COLUMNS, p.m - i);
+      float* c = p.c + i * p.ldc + j;
+      for (long k = 0; k < even; k += LONG_INNER) {
+        const long terms = std::min(LONG_INNER, even - k);
+        tile(p, p.b + j * p.ldb + k, p.ldb, packed.pairs() + i * (even / 2) + k / 2 * m, (float*)result.data, m, n, m,
+             terms, k > 0);
+      }
+      const uint32_t* from = result.pairs();
+      if (even)
+        transpose_pairs(
+            (uint32_t*)c, p.ldc, m, n, [&](long p, long j) { return load_as<vi>(from + j * m + p); },
+            [&](long p, long j) { return from[j * m + p]; });
+      if (even < p.k)
+        last_term(c, p.ldc, p.a + i * p.lda + even, p.lda, p.b + j * p.ldb + even, p.ldb, m, n, even > 0);
+    }
+  }));
 }
 
 // c[m, n] = a[m, k] b[k, n]
 int product_nn(const Product* given) {
   const Product& p = *given;
-  const long even = p.k / 2 * 2;
+  const long even = p.k / 2 * 2, tiles = blocks(p.n, COLUMNS);
+  Buffer packed(std::min(even, INNER) * tiles * COLUMNS * 2);
   bool fine = true, add = p.add;
   for (long k = 0; k < p.k && fine; k += INNER, add = true) {  // the outer loop, so that `a` is read once
     const long terms = std::min(INNER, even - k);
-    fine = parallel(p, blocks(p.n, COLUMNS), [&](long block) {
+    const long strips = blocks(terms / 2, STRIP);
+    fine = parallel(p, strips, [&](long strip) {
+      const long first = strip * STRIP, count = std::min(STRIP, terms / 2 - first);
+      for (long i = first; i < first + count; i++)
+        for (long j = 0; j < p.n; j += COLUMNS) {
+          const long n = std::min(COLUMNS, p.n - j);
+          pack_pairs(packed.pairs() + j * (terms / 2) + i * n, p.b + (k + 2 * i) * p.ldb + j, p.ldb, n, 2);
+        }
+    });
+    fine = fine && parallel(p, tiles, [&](long block) {
       const long j = block * COLUMNS, n = std::min(COLUMNS, p.n - j);
-      if (terms > 0) {
-        Buffer buffer(terms * n * 2);
-        pack_pairs(buffer.pairs(), p.b + k * p.ldb + j, p.ldb, n, terms);
-        tile(p, p.a + k, p.lda, buffer.pairs(), p.c + j, p.m, n, terms, add);
-      }
+      if (terms > 0)
+        tile(p, p.a + k, p.lda, packed.pairs() + j * (terms / 2), p.c + j, p.ldc, p.m, n, terms, add);
       if (even < p.k && k + INNER >= p.k)
         last_term(p.c + j, p.ldc, p.a + even, p.lda, p.b + even * p.ldb + j, 1, p.m, n, add || terms > 0);
     });
@@ -213,8 +236,8 @@ int product_tn(const Product* given) {
       transpose(buffer.pairs(), p.a + k * p.lda + i, p.lda, m, terms);
       for (long j = 0; j < p.n; j += COLUMNS) {
         const long n = std::min(COLUMNS, p.n - j);
-        tile(p, (const uint16_t*)buffer.data, terms, packed.pairs() + j * (even / 2) + k / 2 * n, c + j, m, n, terms,
-             add);
+        tile(p, (const uint16_t*)buffer.data, terms, packed.pairs() + j * (even / 2) + k / 2 * n, c + j, p.ldc, m, n,
+             terms, add);
       }
     }
     if (even < p.k) last_term(c, p.ldc, p.a + even * p.lda + i, 1, p.b + even * p.ldb, 1, m, p.n, add);
