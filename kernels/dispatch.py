@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from typing import Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -55,6 +55,13 @@ def row_kernels(impl: Implementation, device: torch.device, dtype: torch.dtype, 
     if reason is not None:
         raise RuntimeError(f"impl='{impl}' cannot run here: {reason}")
     return cast(RowKernels, importlib.import_module(f"kernels.rows_{impl}"))
+
+
+def fused_layers(kernels: RowKernels) -> Any:
+    """The module that goes with these and makes logits in registers, `layers_triton`; None if there is none."""
+    if getattr(kernels, "__name__", "") != "kernels.rows_triton":
+        return None
+    return importlib.import_module("kernels.layers_triton")
 
 
 def _automatic(device: torch.device, dtype: torch.dtype, elements: int) -> Implementation:

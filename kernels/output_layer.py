@@ -75,7 +75,7 @@ class LayerGradients:
         self._slab_sum: Tensor | None = None
 
     def add(self, slab: slice, chunk: slice, dlogits: Tensor) -> None:
-        """dlogits [C, rows of the slab], in the accumulation dtype."""
+        """dlogits [C, rows of the slab], in the accumulation dtype or (on tensor cores) that of the hidden states."""
         layer = self.layer
         if self.want_hidden:
             part = layer.multiply(dlogits, layer.rows(slab))

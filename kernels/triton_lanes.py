@@ -52,6 +52,17 @@ def load_masked(pointer, columns, inside):
 
 
 @triton.jit
+def excess(e, f, u):
+    """f - e for e = 2^x, f = 2^y, u = y - x: to 2e-5 of the second-order term that a divergence consists of.
+
+    f and e have rounding errors of 1e-7 of themselves; where they nearly agree, their difference has nothing else.
+    There it is e (2^u - 1) by its Taylor series, up to u = 0.18 bits.
+    """
+    near = e * u * (0.6931471805599453 + u * (0.24022651 + u * (0.05550411 + u * 0.00961813)))
+    return tl.where(tl.abs(u) < 0.18, near, f - e)
+
+
+@triton.jit
 def recentre(Z, F, D, A, E, B, dm, dn):
     """Sums about (m, n) -> sums about (m - dm, n - dn): dm = old - new student maximum, dn the teacher's, in bits.
 
@@ -65,5 +76,5 @@ def recentre(Z, F, D, A, E, B, dm, dn):
     B = b * (B + dn * W)
     D = a * (D + (dm - dn) * Z)
     A = a * (A + dm * Z)
-    F = b * F + (b - a) * Z
+    F = b * F + excess(a, b, dn - dm) * Z
     return a * Z, F, D, A, E, B
