@@ -239,7 +239,8 @@ def report_one_read(nvcc: str) -> Report:
         built = subprocess.run([nvcc, "-std=c++17", "-O3", *target], capture_output=True, text=True)
         if built.returncode:
             raise RuntimeError(f"{nvcc} cannot compile {ONE_READ.name}: {built.stderr[-2000:]}")
-        sass, usage = disassemble(path.read_bytes())
+        sass, usage = (text[text.rindex(f"Function {colon}reverse_kl_one_read") :]
+                       for text, colon in zip(disassemble(path.read_bytes()), (": ", ""), strict=True))  # fmt: skip
     registers, stack = parse_usage(usage)
     whole, loops = parse(sass)
     # A thread takes 8 columns of student and teacher at once: two loads of 16 bytes from shared memory.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import rows_torch
 
-Implementation = Literal["auto", "reference", "torch", "cpp", "triton"]
+Implementation = Literal["auto", "reference", "torch", "cpp", "triton", "cuda"]
 
 WORTH_COMPILING = 1 << 20
 """Logits from which `auto` on a CPU takes (and if need be builds) the C++ extension: below, torch is as fast."""
@@ -47,6 +47,8 @@ def row_kernels(impl: Implementation, device: torch.device, dtype: torch.dtype, 
     check_implementation(impl)
     if impl == "reference":
         raise ValueError("impl='reference' holds all logits: it exists for divergences of logits only")
+    if impl == "cuda":
+        raise ValueError("impl='cuda' exists for divergences of logits only")
     if impl == "auto":
         impl = _automatic(device, dtype, elements)
     if impl == "torch":
