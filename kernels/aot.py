@@ -24,18 +24,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import rows_triton
+from kernels import layers_triton, rows_triton
 from kernels.sass import Code, parse, parse_usage, shortest_and_longest_path
 from kernels.triton_divergence import divergence_gradient_kernel, divergence_sums_kernel, merge_splits_kernel
 from kernels.triton_jsd import jsd_gradient_kernel, jsd_sums_kernel
+from kernels.triton_linear import linear_gradient_kernel, linear_sums_kernel
 from kernels.triton_token import token_gradient_kernel, token_sums_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARPS = 4
 SIZES = {"bf16": 2, "fp32": 4}
+HIDDEN_SIZES = ((2048, 2048), (2048, 4096), (1000, 1000))
+"""Student's and teacher's; the last is no multiple of a tile and takes the masked loads."""
+
 ONE_READ = Path(__file__).parent / "csrc" / "reverse_kl_sm90.cu"
 ONE_READ_LIMIT = 35.0
 """Instructions per column, sums and gradient together; there is time for 53 while 6 bytes move."""
+
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory a block can have on sm_90."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,10 @@ class Configuration:
     """Instructions of a lane per column; infinite for a kernel that reads no logits."""
     longest: bool = False
     """Of the kernels without a loop: the longest path through them, not the shortest."""
+    warps: int = WARPS
+    stages: int = 3
+    products: bool = False
+    """Made of matrix products: instructions per column say nothing, those on tensor cores (HGMMA) must be there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,24 @@ def configurations() -> list[Configuration]:
         constants = {"BOTH": both, "BLOCK": rows_triton.LANES}
         name = f"merge_splits{' both' if both else ''}"
         found.append(Configuration(name, merge_splits_kernel, {}, constants, math.inf))
+    return found + [each for sizes in HIDDEN_SIZES for each in _linear(*sizes)]
+
+
+def _linear(hidden: int, teacher_hidden: int) -> list[Configuration]:
+    """What `layers_triton` launches for bf16 layers of these hidden sizes."""
+    sizes = f"bf16 H={hidden}" + (f"/{teacher_hidden}" if teacher_hidden != hidden else "")
+    layers = dict.fromkeys(("X", "W", "XT", "WT"), "bf16")
+    shape = {"H": hidden, "HT": teacher_hidden, **layers_triton.TILE}
+    found = []
+    for both in (False, True):
+        for kernel, name, dtypes, constants in (
+            (linear_sums_kernel, f"linear_sums {sizes}{' both' if both else ''}", layers,
+             {"BOTH": both, "PARTS": layers_triton.PARTS}),
+            (linear_gradient_kernel, f"linear_gradient {sizes}{' with e^y' if both else ''}", {**layers, "OUT": "bf16"},
+             {"TEACHER": both}),
+        ):  # fmt: skip
+            found.append(Configuration(name, kernel, dtypes, {**constants, **shape}, math.inf, products=True,
+                                       warps=layers_triton.WARPS, stages=layers_triton.STAGES))  # fmt: skip
     return found
 
 
@@ -111,11 +141,12 @@ def compile_kernel(configuration: Configuration) -> tuple[str, str, int]:
             continue
         integer = "i64" if name.startswith("stride") else "i32"
         pointer = "*" + {"IDS": "i64", "OWNED": "i8"}.get(name, configuration.dtypes.get(name, "fp32"))
-        signature[name] = pointer if name.isupper() else "fp32" if name == "beta" else integer
-        if name not in ("rows", "splits", "beta"):
+        signature[name] = pointer if name.isupper() else "fp32" if name in ("beta", "scale") else integer
+        if name not in ("rows", "tokens", "splits", "beta", "scale"):
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=configuration.constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return *disassemble(compiled.asm["cubin"]), compiled.metadata.shared
 
 
@@ -136,6 +167,8 @@ def report(configuration: Configuration) -> Report:
     sass, usage, shared = compile_kernel(configuration)
     registers, stack = parse_usage(usage)
     whole, loops = parse(sass)
+    if configuration.products:
+        return judge_products(configuration, registers, stack, shared, whole)
     constants, bytes_per_column = configuration.constants, sum(SIZES[d] for d in _inputs(configuration))
     if not bytes_per_column:
         part, columns = whole, math.inf
@@ -177,6 +210,27 @@ def judge(
     )  # fmt: skip
 
 
+def judge_products(configuration: Configuration, registers: int, stack: int, shared: int, whole: Code) -> Report:
+    """No spills, all copies of operands 16 bytes wide, products on tensor cores, and a block fits a multiprocessor."""
+    spills = max(stack, 4 * whole.count("STL", "LDL"))
+    copies = {name: number for name, number in whole.counts.items() if name.startswith("LDGSTS")}
+    wide = sum(number for name, number in copies.items() if "128" in name)
+    faults = []
+    if spills:
+        faults.append(f"{spills} bytes spilled")
+    if not whole.count("HGMMA"):
+        faults.append("no product on tensor cores (HGMMA)")
+    if wide < sum(copies.values()) or not copies:
+        faults.append(f"{wide} of {sum(copies.values())} copies to shared memory are 128 bits wide")
+    if shared > SHARED_LIMIT:
+        faults.append(f"{shared} bytes of shared memory, a block can have {SHARED_LIMIT}")
+    shuffles, barriers = whole.count("SHFL"), whole.count("BAR")
+    return Report(
+        configuration.name, registers, spills, shared, f"{wide}/{sum(copies.values())}", shuffles, barriers,
+        0.0, configuration.limit, tuple(faults),
+    )  # fmt: skip
+
+
 def report_one_read(nvcc: str) -> Report:
     """The CUDA C++ kernel by `nvcc`: both loops over shared memory together, sums and gradient."""
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +239,8 @@ def report_one_read(nvcc: str) -> Report:
         built = subprocess.run([nvcc, "-std=c++17", "-O3", *target], capture_output=True, text=True)
         if built.returncode:
             raise RuntimeError(f"{nvcc} cannot compile {ONE_READ.name}: {built.stderr[-2000:]}")
-        sass, usage = disassemble(path.read_bytes())
+        sass, usage = (text[text.rindex(f"Function {colon}reverse_kl_one_read") :]
+                       for text, colon in zip(disassemble(path.read_bytes()), (": ", ""), strict=True))  # fmt: skip
     registers, stack = parse_usage(usage)
     whole, loops = parse(sass)
     # A thread takes 8 columns of student and teacher at once: two loads of 16 bytes from shared memory.

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,15 +53,20 @@ def load(instruction_set: str) -> ctypes.CDLL:
     path = compiler and shutil.which(compiler)
     if not path:
         raise Unavailable(f"no C++ compiler: {compiler or 'c++, g++, clang++'} not found")
-    folder = _cache_folder()
-    library = folder / f"kernels-{instruction_set}-{_fingerprint(path, instruction_set)}.so"
+    return cached(f"kernels-{instruction_set}-{_fingerprint(path, instruction_set)}.so",
+                  lambda library: _build(path, instruction_set, library))  # fmt: skip
+
+
+def cached(name: str, build: Callable[[Path], None]) -> ctypes.CDLL:
+    """The library of this name in the cache, first put there by `build` if need be: by one process of many."""
+    library = _cache_folder() / name
     try:
         if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            library.parent.mkdir(parents=True, exist_ok=True)
             with open(library.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not library.exists():
-                    _build(path, instruction_set, library)
+                    build(library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise Unavailable(f"{library}: {error}") from error
@@ -73,27 +79,36 @@ def _cache_folder() -> Path:
         raise Unavailable("no folder to keep the library in: set XDG_CACHE_HOME") from error
 
 
-def _sources() -> Path:
+def source_folder() -> Path:
     return Path(__file__).parent / "csrc"
 
 
 def _fingerprint(compiler: str, instruction_set: str) -> str:
+    return fingerprint(compiler, FLAGS + INSTRUCTION_SETS[instruction_set], UNITS + HEADERS)
+
+
+def fingerprint(compiler: str, flags: tuple[str, ...], sources: tuple[str, ...]) -> str:
+    """Of everything that goes into a library."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [compiler.encode(), version, *(flag.encode() for flag in FLAGS + INSTRUCTION_SETS[instruction_set])]
-    parts += [(_sources() / name).read_bytes() for name in UNITS + HEADERS]
+    parts = [compiler.encode(), version, *(flag.encode() for flag in flags)]
+    parts += [(source_folder() / name).read_bytes() for name in sources]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _build(compiler: str, instruction_set: str, library: Path) -> None:
-    """Another process sees either the whole library or none."""
+    flags = FLAGS + INSTRUCTION_SETS[instruction_set]
+    compile_library(compiler, [flags + openmp for openmp in OPENMP], UNITS, library)
+
+
+def compile_library(compiler: str, flags: Sequence[tuple[str, ...]], units: Sequence[str], library: Path) -> None:
+    """With the first flags that work. Another process sees either the whole library or none."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        for openmp in OPENMP:
-            flags = FLAGS + INSTRUCTION_SETS[instruction_set] + openmp
-            command = [compiler, *flags, *(str(_sources() / name) for name in UNITS), "-o", str(built)]
+        for each in flags:
+            command = [compiler, *each, *(str(source_folder() / unit) for unit in units), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 os.replace(built, library)
                 return
     first = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
-    raise Unavailable(f"{compiler} could not build {UNITS[0]}: {first}")
+    raise Unavailable(f"{compiler} could not build {units[0]}: {first}")

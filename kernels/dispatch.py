@@ -7,14 +7,14 @@ import importlib
 import importlib.util
 import logging
 import os
-from typing import Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
 from kernels import rows_torch
 
-Implementation = Literal["auto", "reference", "torch", "cpp", "triton"]
+Implementation = Literal["auto", "reference", "torch", "cpp", "triton", "cuda"]
 
 WORTH_COMPILING = 1 << 20
 """Logits from which `auto` on a CPU takes (and if need be builds) the C++ extension: below, torch is as fast."""
@@ -47,6 +47,8 @@ def row_kernels(impl: Implementation, device: torch.device, dtype: torch.dtype, 
     check_implementation(impl)
     if impl == "reference":
         raise ValueError("impl='reference' holds all logits: it exists for divergences of logits only")
+    if impl == "cuda":
+        raise ValueError("impl='cuda' exists for divergences of logits only")
     if impl == "auto":
         impl = _automatic(device, dtype, elements)
     if impl == "torch":
@@ -55,6 +57,13 @@ def row_kernels(impl: Implementation, device: torch.device, dtype: torch.dtype, 
     if reason is not None:
         raise RuntimeError(f"impl='{impl}' cannot run here: {reason}")
     return cast(RowKernels, importlib.import_module(f"kernels.rows_{impl}"))
+
+
+def fused_layers(kernels: RowKernels) -> Any:
+    """The module that goes with these and makes logits in registers, `layers_triton`; None if there is none."""
+    if getattr(kernels, "__name__", "") != "kernels.rows_triton":
+        return None
+    return importlib.import_module("kernels.layers_triton")
 
 
 def _automatic(device: torch.device, dtype: torch.dtype, elements: int) -> Implementation:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import reference, sweep
+from kernels import one_read, reference, sweep
 from kernels.dispatch import Implementation, check_implementation, row_kernels
 from kernels.objective import (
     FLOATS,
@@ -95,6 +95,8 @@ def divergence(
     A temperature other than 1 costs scaled fp32 copies in each pass, `READ_ELEMENTS` of either side at a time (+ 16
     bytes a logit and side in bf16, + 8 in fp32): only a factor inside the row primitives would do without, as sums at
     one temperature say nothing of another. `linear_divergence` scales in place.
+    impl="cuda" (`one_read`; reverse_kl of bf16 on one rank, sm_90): 6 in all, as **forward** makes the gradient, in
+    place if so wanted; backward scales the rows whose upstream gradient is not 1.
     Collectives: one all-gather of [6, T] (8 for forward_kl and mixed, 12 with statistics), one more of [2, T] for
     jsd; none in backward. Every rank gets the same bits.
 
@@ -114,6 +116,10 @@ def divergence(
     student, teacher = student_logits[:, : shard.rows], teacher_logits.detach()[:, : shard.rows]
     if impl == "reference":
         return _by_reference(student, teacher, objective, shard, weights, token_ids, return_stats)
+    if impl == "cuda":
+        if return_stats:
+            raise ValueError("impl='cuda' has no statistics: leave return_stats off")
+        return one_read.divergence(student_logits, teacher, objective, shard, weights, inplace=inplace)
     kernels = row_kernels(impl, student.device, student.dtype, student.numel())
     job = sweep.Job(objective, shard, kernels, token_ids, return_stats)
     value, statistics = _Divergence.apply(student_logits, teacher, weights, job, inplace)

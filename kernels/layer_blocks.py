@@ -161,17 +161,21 @@ class LayerBlocks:
         return self._tempered(self.layer.logits(slab, chunk))
 
     def teacher(self, slab: slice, chunk: slice) -> Tensor:
-        heads, bounds = self.heads, self.teachers.bounds
         if self.teachers.mixture:
-            parts = zip(heads, self.teachers.mixture, strict=True)
+            parts = zip(self.heads, self.teachers.mixture, strict=True)
             logits = sum(head.logits(slab, chunk).mul_(share) for head, share in parts)
             assert isinstance(logits, Tensor)
             return self._tempered(logits)
+        head, part = self.owner(chunk)
+        return self._tempered(head.logits(slab, part))
+
+    def owner(self, chunk: slice) -> tuple[OutputLayer, slice]:
+        """The teacher of a chunk, and where its rows are among that teacher's hidden states. Not for mixtures."""
+        heads, bounds = self.heads, self.teachers.bounds
         if not bounds:
-            return self._tempered(heads[0].logits(slab, chunk))
+            return heads[0], chunk
         owner = max(k for k in range(len(heads)) if bounds[k] <= chunk.start < bounds[k + 1] or k == 0)
-        first = bounds[owner]
-        return self._tempered(heads[owner].logits(slab, slice(chunk.start - first, chunk.stop - first)))
+        return heads[owner], slice(chunk.start - bounds[owner], chunk.stop - bounds[owner])
 
     def _tempered(self, logits: Tensor) -> Tensor:
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import sweep
+from kernels.dispatch import fused_layers
 from kernels.layer_blocks import LayerBlocks, Teachers, cut, whole_chunk
 from kernels.objective import accumulation_dtype, active_runs, split
 from kernels.output_layer import LayerGradients, OutputLayer
@@ -27,6 +28,9 @@ class LinearJob:
 
     def blocks(self, hidden: Tensor, weight: Tensor, weights: Tensor | None, teachers: Teachers) -> LayerBlocks:
         layer = OutputLayer(hidden, weight, self.base.shard.rows, accumulation_dtype(hidden.dtype))
+        fused = None if self.base.stats else fused_layers(self.base.kernels)
+        if fused is not None and fused.fits(self.base.objective, teachers, hidden):
+            return fused.FusedBlocks(layer, teachers, self.chunk_tokens, weights, self.base.objective)
         slabs, chunks = cut(len(hidden), len(layer.weight), hidden.shape[1], self.chunk_tokens, weights)
         return LayerBlocks(layer, teachers, slabs, chunks, self.base.objective.temperature)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ class Blocks(Protocol):
     def teacher(self, slab: slice, chunk: slice) -> Tensor: ...
 
 
+@runtime_checkable
+class BlocksWithoutLogits(Protocol):
+    """Blocks that hand over sums and dlogits, and never make the logits."""
+
+    def sums(self, slab: slice, chunk: slice) -> Tensor:
+        """[6 or 8, C], as `RowKernels.divergence_sums` of one block."""
+        ...
+
+    def dlogits(self, slab: slice, chunk: slice, rows: Tensor) -> Tensor:
+        """[C, rows of the slab] with rows [5, C], as `RowKernels.divergence_gradient`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What all passes of one call share."""
@@ -53,6 +66,9 @@ def join(job: Job, blocks: Blocks) -> Joined:
         )
         packet[1] = 1.0  # keeps rows that are in no chunk finite
         for chunk in blocks.chunks:
+            if isinstance(blocks, BlocksWithoutLogits):
+                packet[:, chunk] = blocks.sums(slab, chunk)
+                continue
             student, teacher = blocks.student(slab, chunk), blocks.teacher(slab, chunk)
             packet[:size, chunk] = job.kernels.divergence_sums(student, teacher, both=both)
             if job.stats:
@@ -144,10 +160,13 @@ def backward(job: Job, blocks: Blocks, rows: Tensor, collector: Collector) -> No
     """Every block's dlogits, handed to the collector. The blocks must be fresh: they are overwritten. No collective."""
     for slab in blocks.slabs:
         for chunk in blocks.chunks:
-            student = blocks.student(slab, chunk)
             part = rows[:, chunk].contiguous()
-            room = collector.room(student)
-            collector.add(slab, chunk, gradient(job, student, blocks.teacher(slab, chunk), part, room))
+            if isinstance(blocks, BlocksWithoutLogits):
+                dlogits = blocks.dlogits(slab, chunk, part)
+            else:
+                student = blocks.student(slab, chunk)
+                dlogits = gradient(job, student, blocks.teacher(slab, chunk), part, collector.room(student))
+            collector.add(slab, chunk, dlogits)
         collector.finish_slab(slab)
 
 

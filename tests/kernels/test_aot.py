@@ -65,6 +65,24 @@ def test_faults_are_found() -> None:
     assert "divergence_sums bf16" in aot.table([found])
 
 
+@pytest.mark.parametrize("name", ["linear_sums bf16 H=2048", "linear_gradient bf16 H=2048"])
+def test_fused_linear_kernels_within_limits(name: str) -> None:
+    given = configuration(name)
+    found = aot.report(given)
+    assert not found.faults
+    assert found.spill_bytes == 0 and found.registers <= 255
+    assert found.wide_loads == "64/64"  # two operands, student and teacher, four stages
+    assert found.shared_bytes == 4 * 2 * 128 * 64 * 2
+    code = sass.parse(LISTING)[0]
+    faults = aot.judge_products(given, 255, 40, 300_000, code).faults
+    assert faults == (
+        "40 bytes spilled",
+        "no product on tensor cores (HGMMA)",
+        "0 of 0 copies to shared memory are 128 bits wide",
+        "300000 bytes of shared memory, a block can have 232448",
+    )
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_one_read_kernel_within_limits() -> None:
     found = aot.report_one_read(str(shutil.which("nvcc")))

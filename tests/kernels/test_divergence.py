@@ -194,7 +194,7 @@ Z, IDS = torch.zeros(2, 5), torch.tensor([[0, 1], [2, -1]])
         (lambda: divergence(Z, Z.double()), "torch.float32 and torch.float64"),
         (lambda: divergence(Z.long(), Z.long()), "expected one floating dtype"),
         (lambda: divergence(Z, Z, "l2"), "kind must be one of .* got 'l2'"),  # type: ignore[call-overload]
-        (lambda: divergence(Z, Z, impl="cuda"), "impl must be one of .* got 'cuda'"),  # type: ignore[call-overload]
+        (lambda: divergence(Z, Z, impl="gpu"), "impl must be one of .* got 'gpu'"),  # type: ignore[call-overload]
         (lambda: divergence(Z, Z, temperature=0.0), "temperature must be positive"),
         (lambda: divergence(Z, Z, weights=torch.ones(3)), r"weights are \(3,\)"),
         (lambda: divergence(Z, Z, token_ids=torch.tensor([0, 5])), "token id 5 is outside"),

@@ -12,17 +12,21 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_interpreted_kernels() -> None:
+def run_interpreted(name: str) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest"]
     result = subprocess.run(
-        [*command, str(Path(__file__).with_name("triton_interpreted.py"))],
+        [*command, str(Path(__file__).with_name(name))],
         cwd=root, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
+
+
+def test_interpreted_kernels() -> None:
+    run_interpreted("triton_interpreted.py")
 
 
 def test_cpu_tensors_without_the_interpreter() -> None:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kernels import rows_triton
 
+
+def _fused_multiply_add(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """One rounding, as on a GPU; the interpreter's own has two."""
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
+InterpreterBuilder.create_fma = _fused_multiply_add
+
 FLOOR = 1.5e-8
-"""Nats: e^y - e^x carries the roundings of both. (torch spends an expm1 on it; on the GPU that costs 8 of 35
-instructions per column.)"""
+"""Nats: where logits are bf16, or a column is in the tail, e^y - e^x carries the roundings of both."""
 
 WIDE = 4096 + 1024 + 7
 """One unmasked tile, and a masked part that is no multiple of anything."""
@@ -75,14 +85,30 @@ def test_sums(noise: float, offsets: tuple[float, float]) -> None:
     assert error(found["lse_t"], teacher.double().logsumexp(-1)) < 1e-7
 
 
-def test_small_divergence() -> None:
-    """A KL of 1e-4 to 1e-4 of itself, in every row."""
-    student, teacher = logits(16, WIDE, 0.03)
+@pytest.mark.parametrize(("noise", "offset", "tolerance"), [(0.03, 0.0, 5e-5), (0.03, 40.0, 5e-5), (3e-3, 0.0, 5e-4)])
+def test_small_divergence(noise: float, offset: float, tolerance: float) -> None:
+    """A KL of 1e-4 to 5e-5 of itself and one of 1e-6 to 5e-4, in every row, whole and in two shards."""
+    student, teacher = logits(24, WIDE, noise, (offset, -offset))
     want = kl(student, teacher)
-    heavy = want > 7e-5
-    assert heavy.sum() >= 8
-    found = merged([rows_triton.divergence_sums(student, teacher, both=True)])["reverse"]
-    assert ((found - want).abs() / want)[heavy].max() < 1e-4
+    heavy = want > 0.08 * noise**2
+    assert heavy.sum() >= 12
+    for cuts in ([WIDE], [5000, WIDE - 5000]):
+        pairs = zip(student.split(cuts, 1), teacher.split(cuts, 1), strict=True)
+        found = merged([rows_triton.divergence_sums(s, t, both=True) for s, t in pairs])["reverse"]
+        assert ((found - want).abs() / want)[heavy].max() < tolerance
+
+
+def test_maxima_that_move_apart() -> None:
+    """Far up in the second tile, each for its own tokens: what the first tile's centres would lose."""
+    student, teacher = logits(3, 2 * 4096, 0.5)
+    student[0, 5000] = 150.0
+    teacher[1, 5000] = 150.0
+    student[2, :4096], teacher[2, 4096:] = -150.0, 90.0
+    found = merged([rows_triton.divergence_sums(student, teacher, both=True)])
+    want = kl(student, teacher)
+    assert ((found["reverse"] - want).abs() <= 1e-5 * want + 1e-7).all(), (found["reverse"], want)
+    want = kl(teacher, student)
+    assert ((found["forward"] - want).abs() <= 1e-5 * want + 1e-7).all(), (found["forward"], want)
 
 
 def test_six_sums_are_the_first_of_eight() -> None:
@@ -114,7 +140,7 @@ def test_split_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows_triton._split(2, student.shape[1], student)[0] > 1
     split = merged([rows_triton.divergence_sums(student, teacher, both=True)])
     for name, value in whole.items():
-        assert error(split[name], value) < 2e-6, name
+        assert error(split[name], value) < 3e-6, name
     six = rows_triton.divergence_sums(student, teacher, both=False)
     assert torch.equal(six, rows_triton.divergence_sums(student, teacher, both=True)[:6])
     assert error(rows_triton.jsd_sums(student, teacher, beta_rows, 0.5), jsd) < 1e-5
