@@ -19,6 +19,9 @@ from torch import Tensor
 
 from kernels.objective import Objective
 
+PACKETS = 8
+"""Parts whose sums are kept before they are merged: those of all slabs would grow as [slabs, sums, tokens]."""
+
 STATS = 4
 """Extra sums with statistics: z and t of the token (0 where another shard owns it), global ids of both maxima."""
 
