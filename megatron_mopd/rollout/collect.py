@@ -44,7 +44,7 @@ class Collector:
         sampled: list[Rollout] = []
         for attempt in range(rounds):
             missing = config.prompts_per_step - len(kept) // config.rollout.samples_per_prompt
-            prompts = self._mixer.draw(missing)
+            prompts = self._mixer.draw(missing, step)
             rollouts = self.sample(prompts, seed=config.seed * 1_000_003 + step * rounds + attempt)
             if config.needs_outcome:
                 rollouts = group_advantages(rollouts, config.objective.normalise_by_std)
