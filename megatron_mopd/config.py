@@ -264,6 +264,11 @@ class RunConfig:
         """Whether the reference answers of the domains are what is learnt."""
         return self.stage == "sft" and self.rollout.engine != "dataset"
 
+    @property
+    def generates(self) -> bool:
+        """Whether the student samples the answers that it is trained on."""
+        return self.stage != "sft" and self.rollout.engine != "dataset"
+
     def domain_shares(self, step: int) -> dict[str, float]:
         """domain -> its share of the prompts of a step: its weight, or one domain after another (Cascade RL)."""
         if self.domain_schedule == "mixed":
