@@ -1,5 +1,7 @@
 """The commonest function words of each language that shares its script, and the letters that only it uses."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 _WORDS = {
@@ -21,7 +23,7 @@ _WORDS = {
     " mehr durch man sein wurde sehr ich du wir ihr mein dein kann wenn im vom diese dieser dieses hallo danke",
     "it": "il lo la i gli le di che e è un una in per non con si del della dei delle degli da al alla ai alle come"
     " più ma anche sono nel nella nei questo questa ha o se suo sua ci dal dalla io tu lui lei noi voi loro essere"
-    " molto quando tutto tutti ogni senza tra fra dopo dove chi cosa perché può essi ciao grazie mi ti l'uomo sul sulla",
+    " molto quando tutto tutti ogni senza tra fra dopo dove chi cosa perché può essi ciao grazie mi ti",
     "pl": "i w na z do że się nie jest to o jak za od po co ale tak jego jej ich przez dla przy był była było są być"
     " tylko czy oraz już może ten ta te tym tego które który która ja ty on ona my wy oni mnie mi pod przed gdy gdzie"
     " lub bardzo więc jednak we ze dzień dobry dziękuję",
@@ -66,7 +68,11 @@ _WORDS = {
     "ne": "छ र को मा हो छन् यो त्यो पनि लागि गर्न गर्ने हुन्छ भने थियो छैन तपाईं म हामी उनी तर वा एक धेरै गरेको"
     " भएको सँग बाट ले लाई का की गर्नु हुन् मेरो हाम्रो तपाईंको कि जुन यस त्यस नै गर्छ सक्छ नमस्ते छु भयो",
 }
-COMMON_WORDS: dict[str, frozenset[str]] = {language: frozenset(words.split()) for language, words in _WORDS.items()}
+COMMON_WORDS: dict[str, frozenset[str]] = {
+    # One plain letter is no evidence: it numbers a list or names a variable.
+    language: frozenset(word for word in words.split() if len(word) > 1 or not word.isascii())
+    for language, words in _WORDS.items()
+}
 
 OWN_LETTERS: dict[str, str] = {
     "es": "ñ",

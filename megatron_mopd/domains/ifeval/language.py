@@ -14,9 +14,8 @@ from functools import cache
 
 from megatron_mopd.domains.ifeval.common_words import COMMON_WORDS, OWN_LETTERS
 
-LANGUAGES = tuple(
-    "en es pt ar hi fr ru de ja it bn uk th ur ta te bg ko pl he fa vi ne sw kn mr gu pa ml fi zh zh-cn zh-tw".split()
-)
+_CODES = "en es pt ar hi fr ru de ja it bn uk th ur ta te bg ko pl he fa vi ne sw kn mr gu pa ml fi zh zh-cn zh-tw"
+LANGUAGES = tuple(_CODES.split())
 """Codes (ISO 639-1) that an instruction may name; the two variants of zh are one here."""
 
 _OF_SCRIPT = {
@@ -41,8 +40,8 @@ _OF_SCRIPT = {
 }
 _LETTER_WEIGHT = 0.5
 _WORD = re.compile(r"[^\W\d_][\w\u0900-\u097f\u200c]*")
-_MARKED_PLACE = re.compile(r"\[[^\[\]\n]{0,80}\]|https?://\S+")
-"""Placeholders and addresses, which stand in English in a text of any language."""
+_MARKED_PLACE = re.compile(r"\[[^\[\]\n]{0,80}\]|<[^<>\n]{1,80}>|https?://\S+")
+"""Placeholders, tags and addresses, which stand in English in a text of any language."""
 
 
 def detect_language(text: str) -> str | None:
