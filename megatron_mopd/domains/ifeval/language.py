@@ -40,8 +40,8 @@ _OF_SCRIPT = {
 }
 _LETTER_WEIGHT = 0.5
 _WORD = re.compile(r"[^\W\d_][\w\u0900-\u097f\u200c]*")
-_MARKED_PLACE = re.compile(r"\[[^\[\]\n]{0,80}\]|<[^<>\n]{1,80}>|https?://\S+")
-"""Placeholders, tags and addresses, which stand in English in a text of any language."""
+_MARKED_PLACE = re.compile(r"\[[^\[\]\n]{0,80}\]|https?://\S+")
+"""Placeholders and addresses, which stand in English in a text of any language."""
 
 
 def detect_language(text: str) -> str | None:

@@ -18,7 +18,7 @@ _ABBREVIATIONS = (
 )
 _STARTERS = (
     "the a an it he she they we you i this that these those there here in on at for but and so if when while as his"
-    " her their our its my no yes what who how why where then however also after before with by to let"
+    " her their our its my no yes what who how why where then however also after before with by to let please"
 )
 """Words that begin a sentence when they are capitalised after an abbreviation or an initial."""
 _BEFORE_NAMES, _SHORT, _STARTING = (frozenset(words.split()) for words in (_TITLES, _ABBREVIATIONS, _STARTERS))
