@@ -21,10 +21,11 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_mopd.config import DomainSpec
 from megatron_mopd.yaml_config import ConfigError
@@ -75,6 +76,30 @@ def question_text(record: Mapping[str, Any]) -> str:
     if isinstance(record.get("messages"), list):
         return "\n".join(message["content"] for message in record["messages"])
     return str(record.get("prompt", record.get("question", "")))
+
+
+def read_questions(lines: Iterable[str]) -> list[Question]:
+    """What such a program reads: for those that are written in Python."""
+    return [Question(**json.loads(line)) for line in lines if line.strip()]
+
+
+def write_scores(scores: Mapping[str, float], output: TextIO) -> None:
+    """What such a program answers."""
+    for identity, score in scores.items():
+        print(json.dumps({"id": identity, "score": score}), file=output)
+
+
+def by_sample(questions: Iterable[Question], key: Callable[[Question], str]) -> list[list[Question]]:
+    """Rounds in which each key occurs at most once: for harnesses that take one response per question."""
+    seen: Counter[str] = Counter()
+    rounds: list[list[Question]] = []
+    for question in questions:
+        number = seen[key(question)]
+        seen[key(question)] += 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(question)
+    return rounds
 
 
 def _as_line(question: Question) -> str:

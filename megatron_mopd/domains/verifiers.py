@@ -1,4 +1,4 @@
-"""Scores responses: a reasoning-gym task's own scorer, math-verify, exact text, IFEval or a program. Rewards: 0 to 1."""
+"""Scores responses, 0 to 1: a reasoning-gym task's own scorer, math-verify, exact text, IFEval, or a program."""
 
 from __future__ import annotations
 
