@@ -53,9 +53,7 @@ def resolved(questions: Sequence[Question], arguments: Sequence[str]) -> dict[st
 def _instance(question: Question) -> str:
     instance = question.record.get("instance_id")
     if not isinstance(instance, str):
-        sys.exit(
-            f'{question.id}: its line has no "instance_id"; write the file with `mopd benchmark swe_bench_verified`'
-        )
+        sys.exit(f'{question.id}: no "instance_id" in its line; `mopd benchmark swe_bench_verified` writes it')
     return instance
 
 

@@ -32,7 +32,7 @@ _WORDS = {
     " xin chào cảm ơn",
     "sw": "na ya wa kwa ni la katika za cha kuwa hii hiyo huo hilo au kama lakini si yake wake zake sana pia watu"
     " mtu wote yote zote hapa huko mimi wewe yeye sisi ninyi wao kila baada kabla bila nini nani ambayo ambao hivyo"
-    " basi tu vya mwa kuna ili moja habari asante karibu wakati siku mambo nyumba maisha",
+    " basi tu vya mwa kuna ili moja habari asante karibu wakati siku mambo nyumba maisha wapi naweza ninaweza lini",
     "fi": "ja on ei se että oli hän ovat joka mutta kun myös jos kuin tämä sen ole niin tai mitä olla minä sinä me"
     " te he nyt vain jo vielä mukaan kanssa sekä siitä ne voi sitä ollut hänen joka jotka koska siis hyvin kaikki"
     " minun sinun olen olet olemme mikä missä miten hei kiitos tämän",
@@ -49,12 +49,13 @@ _WORDS = {
     " anda kami kita",
     "ru": "и в не на я что он с как это но по все она так его за был от о у же ты из мы вы бы то для было меня еще ещё"
     " только когда или быть ни если нет мне очень они этот может уже есть их чтобы который которые при также была были"
-    " вас нас без до",
+    " вас нас без до где могу можно спасибо",
     "uk": "і в не на що я він з як це але по всі вона так його за був від о у ж ти із ми ви б то для було мене ще"
     " тільки коли або бути ні якщо немає мені дуже вони цей може вже є їх щоб який які при також та до й під про"
-    " через тому",
+    " через тому де можу можна дякую",
     "bg": "и в не на да се е с от за по това като са че ще си той тя те но най или един една едно които която който"
-    " ли бе при след вече още има го я му им аз ти ние вие са беше може много само към както също между през съм как",
+    " ли бе при след вече още има го я му им аз ти ние вие са беше може много само към както също между през съм"
+    " как къде мога",
     "ar": "في من على إلى أن هذا هذه التي الذي عن مع كان ما لا هو هي كل كانت بعد أو لم قد ذلك بين لكن ثم حيث عند يكون"
     " هناك إن إذا و أنا نحن أنت هم كما يمكن يجب حتى غير أي كيف لماذا فقط عليه",
     "fa": "و در به از که این را با است برای آن یک خود تا بر هم نیز شما من ما می شود بود های او باید کرد شده دارد"
