@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mopd.config import RunConfig, check_layout
+from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.hub import resolve_folder
 from megatron_mopd.student.architecture import Architecture, check_architecture, read_architecture
@@ -124,6 +125,8 @@ def _check_lengths(config: RunConfig, arch: Architecture) -> None:
 def _check_data(config: RunConfig, tokenizer: Tokenizer) -> None:
     mixer = DomainMixer(config, tokenizer)
     mixer.check()
+    for name, domain in config.domains.items():
+        check_command(name, domain)
 
 
 def _check_run_folder(config: RunConfig) -> None:
