@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd import __version__
-from megatron_mopd.cli_text import SAMPLE, SAMPLE_EPILOG
+from megatron_mopd import __version__, cli_text
 from megatron_mopd.config import RunConfig, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
 from megatron_mopd.launch import Outcome, launch
@@ -19,85 +18,6 @@ from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
 
 EXIT_INTERRUPTED = 130
-
-DESCRIPTION = """\
-Multi-teacher on-policy distillation (MOPD) with Megatron-Core.
-
-One YAML file is one complete run. Its `stage` says what the run does:
-  sft    learn from the reference answers of the domains
-  rl     learn from verified rewards (GRPO); makes a teacher
-  mopd   learn from one teacher per domain, on the student's own answers
-"""
-
-EPILOG = """\
-examples:
-  mopd demo                                               all of it, small, on this machine's cores
-  mopd run configs/tiny/mopd.yaml                         one stage
-  mopd run configs/tiny/mopd.yaml steps=5 optim.lr=1e-4   the same with other values
-  mopd COMMAND --help                                     more on one command
-
-exit codes:
-  0           done
-  2           a mistake in the configuration or its files; one line says which, and nothing was started
-  130, 143    stopped by Ctrl-C or SIGTERM after saving; the same command goes on
-  137         a rank was killed
-  1           anything else
-"""
-
-RUN = """\
-Train as CONFIG says: to its last step, on from the newest checkpoint in its run_dir if there is one.
-
-The ranks are started on this machine: `parallel.ranks` of them, by default one per GPU, or without GPUs
-the fewest that the layout needs. Under torchrun or srun (RANK and WORLD_SIZE, or SLURM_PROCID and
-SLURM_NTASKS, with MASTER_ADDR and MASTER_PORT) this process is one rank of that world.
-
-Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, and the run left. A second Ctrl-C kills.
-In run_dir: config.yaml (every default filled in), metrics.jsonl, tensorboard/, checkpoints/, logs/rank<r>.log
-"""
-
-RUN_EPILOG = """\
-key.path=value sets one value of the file; the value is read as YAML.
-
-examples:
-  mopd run configs/tiny/sft.yaml
-  mopd run configs/tiny/mopd.yaml run_dir=runs/try2 objective.kind=sampled
-  mopd run configs/tiny/mopd.yaml parallel.tensor=2 parallel.ranks=4
-  torchrun --nproc-per-node 8 -m megatron_mopd run CONFIG
-"""
-
-EVAL = """\
-Answer the held-out prompts of CONFIG's domains with the model of a checkpoint, verify the answers, and print
-the accuracy per domain as JSON. The prompts depend on `evaluation.seed` only: checkpoints can be compared.
-"""
-
-EVAL_EPILOG = """\
-examples:
-  mopd eval configs/tiny/mopd.yaml --checkpoint runs/mopd/checkpoints/latest
-  mopd eval configs/tiny/mopd.yaml --checkpoint models/my-hf-model evaluation.prompts=1000
-"""
-
-EXPORT = """\
-Write a checkpoint as a Hugging Face folder: safetensors, config.json and the tokenizer, which `transformers`
-and inference servers load.
-"""
-
-EXPORT_EPILOG = """\
-examples:
-  mopd export configs/tiny/mopd.yaml --checkpoint runs/mopd/checkpoints/latest --hf exported/student
-"""
-
-DEMO = """\
-All of MOPD in minutes on two CPU cores: an SFT base, three domain teachers trained from it by RL, one
-student that learns from all three on its own answers, and a table that says how much of each it inherited.
-
-An interrupted demo goes on where it stopped. It leaves summary.json and a PNG in the run folder.
-"""
-
-DEMO_EPILOG = """\
-examples:
-  mopd demo
-  mopd demo --run-dir runs/demo2 seed=1
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,25 +36,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="mopd",
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        description=cli_text.DESCRIPTION,
+        epilog=cli_text.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mopd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    run = _command(commands, "run CONFIG", _run, "train: one stage, one YAML file", RUN, RUN_EPILOG)
-    evaluate = _command(commands, "eval CONFIG --checkpoint DIR", _evaluate, "accuracy per domain", EVAL, EVAL_EPILOG)
+    run = _command(commands, "run CONFIG", _run, "train: one stage, one YAML file", cli_text.RUN, cli_text.RUN_EPILOG)
+    evaluate = _command(
+        commands, "eval CONFIG --checkpoint DIR", _evaluate, "accuracy per domain", cli_text.EVAL, cli_text.EVAL_EPILOG
+    )
     export = _command(
         commands,
         "export CONFIG --checkpoint DIR --hf OUT",
         _export,
         "checkpoint -> Hugging Face folder",
-        EXPORT,
-        EXPORT_EPILOG,
+        cli_text.EXPORT,
+        cli_text.EXPORT_EPILOG,
     )
-    sample = _command(commands, "sample CONFIG --out FILE", _sample, "the teachers' answers", SAMPLE, SAMPLE_EPILOG)
-    demo = _command(commands, "demo", _demo, "all of it, small, on this machine's cores", DEMO, DEMO_EPILOG)
+    sample = _command(
+        commands,
+        "sample CONFIG --out FILE",
+        _sample,
+        "the teachers' answers -> dataset",
+        cli_text.SAMPLE,
+        cli_text.SAMPLE_EPILOG,
+    )
+    demo = _command(
+        commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
+    )
+    benchmark = _command(
+        commands,
+        "benchmark NAME --from FILE --out FILE",
+        _benchmark,
+        "a benchmark's questions -> prompt file",
+        cli_text.BENCHMARK,
+        cli_text.BENCHMARK_EPILOG,
+    )
+    benchmark.add_argument("name", metavar="NAME", help="aime25, aime26, ifeval, ifbench or swe_bench_verified")
+    benchmark.add_argument("--from", metavar="FILE", dest="origin", required=True, help="or hub:OWNER/NAME:SPLIT")
+    benchmark.add_argument("--out", metavar="FILE", required=True, help="JSONL file to write; must not exist")
     for command in (run, evaluate, export, sample):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
@@ -229,6 +171,16 @@ def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_mopd.demo import run_demo
 
     return run_demo(config_dir, Path(arguments.run_dir), overrides)
+
+
+def _benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if overrides:
+        raise ConfigError(f"benchmark: takes no {overrides[0]!r}; only NAME, --from and --out")
+    from megatron_mopd.domains.benchmarks import BENCHMARKS, convert
+
+    count = convert(arguments.name, arguments.origin, Path(arguments.out))
+    print(f"{arguments.out}: {count} questions; verifier: {BENCHMARKS[arguments.name].verifier}")
+    return 0
 
 
 # Imported on the ranks: on a machine with GPUs the launcher must not load what may touch them.

@@ -1,4 +1,103 @@
-"""The help texts of the `mopd` command."""
+"""What `mopd --help` and `mopd COMMAND --help` say."""
+
+DESCRIPTION = """\
+Multi-teacher on-policy distillation (MOPD) with Megatron-Core.
+
+One YAML file is one complete run. Its `stage` says what the run does:
+  sft    learn from the reference answers of the domains
+  rl     learn from verified rewards (GRPO); makes a teacher
+  mopd   learn from one teacher per domain, on the student's own answers
+"""
+
+EPILOG = """\
+examples:
+  mopd demo                                               all of it, small, on this machine's cores
+  mopd run configs/tiny/mopd.yaml                         one stage
+  mopd run configs/tiny/mopd.yaml steps=5 optim.lr=1e-4   the same with other values
+  mopd COMMAND --help                                     more on one command
+
+exit codes:
+  0           done
+  2           a mistake in the configuration or its files; one line says which, and nothing was started
+  130, 143    stopped by Ctrl-C or SIGTERM after saving; the same command goes on
+  137         a rank was killed
+  1           anything else
+"""
+
+RUN = """\
+Train as CONFIG says: to its last step, on from the newest checkpoint in its run_dir if there is one.
+
+The ranks are started on this machine: `parallel.ranks` of them, by default one per GPU, or without GPUs
+the fewest that the layout needs. Under torchrun or srun (RANK and WORLD_SIZE, or SLURM_PROCID and
+SLURM_NTASKS, with MASTER_ADDR and MASTER_PORT) this process is one rank of that world.
+
+Ctrl-C or SIGTERM: the step is finished, a checkpoint saved, and the run left. A second Ctrl-C kills.
+In run_dir: config.yaml (every default filled in), metrics.jsonl, tensorboard/, checkpoints/, logs/rank<r>.log
+"""
+
+RUN_EPILOG = """\
+key.path=value sets one value of the file; the value is read as YAML.
+
+examples:
+  mopd run configs/tiny/sft.yaml
+  mopd run configs/tiny/mopd.yaml run_dir=runs/try2 objective.kind=sampled
+  mopd run configs/tiny/mopd.yaml parallel.tensor=2 parallel.ranks=4
+  torchrun --nproc-per-node 8 -m megatron_mopd run CONFIG
+"""
+
+EVAL = """\
+Answer the held-out prompts of CONFIG's domains with the model of a checkpoint, verify the answers, and print
+the accuracy per domain as JSON. The prompts depend on `evaluation.seed` only: checkpoints can be compared.
+"""
+
+EVAL_EPILOG = """\
+examples:
+  mopd eval configs/tiny/mopd.yaml --checkpoint runs/mopd/checkpoints/latest
+  mopd eval configs/tiny/mopd.yaml --checkpoint models/my-hf-model evaluation.prompts=1000
+"""
+
+EXPORT = """\
+Write a checkpoint as a Hugging Face folder: safetensors, config.json and the tokenizer, which `transformers`
+and inference servers load.
+"""
+
+EXPORT_EPILOG = """\
+examples:
+  mopd export configs/tiny/mopd.yaml --checkpoint runs/mopd/checkpoints/latest --hf exported/student
+"""
+
+DEMO = """\
+All of MOPD in minutes on two CPU cores: an SFT base, three domain teachers trained from it by RL, one
+student that learns from all three on its own answers, and a table that says how much of each it inherited.
+
+An interrupted demo goes on where it stopped. It leaves summary.json and a PNG in the run folder.
+"""
+
+DEMO_EPILOG = """\
+examples:
+  mopd demo
+  mopd demo --run-dir runs/demo2 seed=1
+"""
+
+BENCHMARK = """\
+Write a benchmark's questions as a prompt file that a domain's source reads, from a file of yours or, when the
+package `datasets` is installed, from the Hub: --from hub:OWNER/NAME:SPLIT. FILE is .jsonl, .json or .parquet.
+
+  NAME                 columns                                                              verifier
+  aime25, aime26       problem, answer                                                      math
+  ifeval               prompt, instruction_id_list, kwargs                                  ifeval
+  ifbench              prompt, instruction_id_list, kwargs                                  command
+  swe_bench_verified   instance_id, repo, base_commit, problem_statement, patch             command
+
+The commands are `python -m megatron_mopd.domains.ifbench` and `python -m megatron_mopd.domains.swe_bench`; they
+run the benchmarks' own programs, which must be installed. A program of your own: see domains/command.py.
+"""
+
+BENCHMARK_EPILOG = """\
+examples:
+  mopd benchmark ifeval --from input_data.jsonl --out data/ifeval.jsonl
+  mopd benchmark aime25 --from hub:math-ai/aime25:test --out data/aime25.jsonl
+"""
 
 SAMPLE = """\
 Let every teacher answer its domains' training prompts and write the answers to a file that `rollout.engine: dataset`

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mopd.config import RunConfig, check_layout
+from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.hub import resolve_folder
@@ -142,6 +143,8 @@ def _check_lengths(config: RunConfig, arch: Architecture) -> None:
 def _check_data(config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | None = None) -> None:
     mixer = DomainMixer(config, tokenizer, dataset)
     mixer.check()
+    for name, domain in config.domains.items():
+        check_command(name, domain)
 
 
 def _check_run_folder(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_mopd.config import RunConfig
 from megatron_mopd.domains.dataset import Dataset
+from megatron_mopd.domains.ifeval import read_instructions
 from megatron_mopd.domains.source import (
     Item,
     JsonlSource,
@@ -244,9 +245,10 @@ def _open_sources(name: str, config: RunConfig, needs_answer: bool) -> tuple[Sou
         held_out = ReasoningGymSource(spec.reasoning_gym, spec.params, held_out_seed, key)
         return training, held_out
     assert spec.jsonl is not None
-    items = read_jsonl(Path(spec.jsonl), name, needs_answer=needs_answer)
+    check = read_instructions if config.domains[name].verifier == "ifeval" else None
+    items = read_jsonl(Path(spec.jsonl), name, needs_answer=needs_answer, check=check)
     if spec.held_out is not None:
-        kept = read_jsonl(Path(spec.held_out), name, needs_answer=needs_answer)
+        kept = read_jsonl(Path(spec.held_out), name, needs_answer=needs_answer, check=check)
     else:
         items, kept = split_held_out(items)
     if not items:
