@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_mopd.config import RunConfig, check_layout
 from megatron_mopd.domains.command import check_command
+from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.hub import resolve_folder
 from megatron_mopd.student.architecture import Architecture, check_architecture, read_architecture
@@ -31,6 +32,8 @@ class Inputs:
     weights: Path | None
     """The student's initial weights; None: random ones."""
     teachers: Mapping[str, tuple[Architecture, Path]]
+    dataset: Dataset | None
+    """The stored answers that `rollout.engine: dataset` learns from."""
 
 
 def resolve_inputs(config: RunConfig) -> Inputs:
@@ -52,7 +55,22 @@ def resolve_inputs(config: RunConfig) -> Inputs:
         else:
             folder = resolve_folder(teacher.checkpoint, f"teachers.{name}.checkpoint")
             teachers[name] = (read_architecture(folder), folder)
-    return Inputs(arch=arch, tokenizer=tokenizer, model_folder=model_folder, weights=weights, teachers=teachers)
+    return Inputs(
+        arch=arch,
+        tokenizer=tokenizer,
+        model_folder=model_folder,
+        weights=weights,
+        teachers=teachers,
+        dataset=_open_dataset(config, tokenizer, arch.vocab_size),
+    )
+
+
+def _open_dataset(config: RunConfig, tokenizer: Tokenizer, vocab_size: int) -> Dataset | None:
+    if config.rollout.dataset is None:
+        return None
+    dataset = Dataset.load(Path(config.rollout.dataset), vocab_size)
+    dataset.check(config.domains, tokenizer)
+    return dataset
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -64,7 +82,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_teachers(config, inputs)
     _check_weights(inputs)
     _check_lengths(config, inputs.arch)
-    _check_data(config, inputs.tokenizer)
+    _check_data(config, inputs.tokenizer, inputs.dataset)
     _check_run_folder(config)
 
 
@@ -122,8 +140,8 @@ def _check_lengths(config: RunConfig, arch: Architecture) -> None:
             )
 
 
-def _check_data(config: RunConfig, tokenizer: Tokenizer) -> None:
-    mixer = DomainMixer(config, tokenizer)
+def _check_data(config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | None = None) -> None:
+    mixer = DomainMixer(config, tokenizer, dataset)
     mixer.check()
     for name, domain in config.domains.items():
         check_command(name, domain)

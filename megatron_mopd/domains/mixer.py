@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_mopd.config import RunConfig
+from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.ifeval import read_instructions
 from megatron_mopd.domains.source import (
     Item,
@@ -19,6 +22,7 @@ from megatron_mopd.domains.source import (
     split_held_out,
     unit_interval,
 )
+from megatron_mopd.domains.stored_feed import StoredFeed
 from megatron_mopd.tokenizer import Message, Tokenizer
 from megatron_mopd.types import Prompt
 from megatron_mopd.yaml_config import ConfigError
@@ -43,9 +47,12 @@ class DomainState:
 class DomainMixer:
     """Every rank builds one from the same configuration and draws the same prompts."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer):
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | None = None):
+        """dataset: where the prompts to train on come from instead of the domains' sources."""
         self._shares = config.domain_shares
         self._feeds = {name: _Feed(name, config, tokenizer) for name in config.domains}
+        self._dataset = dataset
+        self._stored = {name: StoredFeed(name, config, dataset) for name in config.domains} if dataset else {}
         self._states = {name: DomainState() for name in config.domains}
 
     def draw(self, count: int, step: int = 0) -> list[Prompt]:
@@ -63,8 +70,18 @@ class DomainMixer:
             # Rounded, so that a tie in spite of the last bit goes to the domain that is named first.
             chosen = max(self._states, key=lambda name: round(self._states[name].credit, 9))
             self._states[chosen].credit -= 1.0
-            prompts.append(self._feeds[chosen].next(self._states[chosen]))
+            prompts.append(self._next(chosen, self._states[chosen]))
         return prompts
+
+    def _next(self, domain: str, state: DomainState) -> Prompt:
+        if domain in self._stored:
+            return self._stored[domain].next(state, self.reserved)
+        return self._feeds[domain].next(state)
+
+    @cached_property
+    def reserved(self) -> frozenset[str]:
+        """`Prompt.question` of all that is evaluated on."""
+        return frozenset[str]().union(*(feed.reserved() for feed in self._feeds.values()))
 
     def held_out(self, domain: str) -> list[Prompt]:
         """The domain's evaluation prompts: distinct, never trained on, the same whatever the run's seed.
@@ -81,14 +98,18 @@ class DomainMixer:
 
     def check(self) -> None:
         """Raise ConfigError for a domain that has no usable prompt to train on, or none to evaluate with."""
-        for name, feed in self._feeds.items():
-            feed.next(DomainState())
+        for name in self._feeds:
+            self._next(name, DomainState())
             self.held_out(name)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Since the run began, by domain: prompts drawn, and candidates left out and why."""
         names = ("drawn", "too_long", "held_out_skipped")
-        return {domain: {name: getattr(state, name) for name in names} for domain, state in self._states.items()}
+        counts = {domain: {name: getattr(state, name) for name in names} for domain, state in self._states.items()}
+        if self._dataset is not None:
+            for domain, count in counts.items():  # in the file: before the run began
+                count["wrong_left_out"] = self._dataset.cost.left_out.get(domain, 0)
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that survive JSON."""
@@ -142,6 +163,11 @@ class _Feed:
             " out for evaluation); raise max_prompt_tokens, widen the source, or lower evaluation.prompts"
         )
 
+    def reserved(self) -> frozenset[str]:
+        """Of the questions to evaluate on, and of the rest of their file."""
+        self._find_held_out()
+        return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in self._held_out_keys)
+
     def held_out(self) -> list[Prompt]:
         prompts = (
             self._prompt(item, f"{self._name}/held_out/{index}", item.answer) for index, item in self._find_held_out()
@@ -168,6 +194,7 @@ class _Feed:
         return Prompt(
             id=identity,
             domain=self._name,
+            question=item.question,
             token_ids=token_ids,
             answer=answer,
             max_response_tokens=self._spec.max_response_tokens,

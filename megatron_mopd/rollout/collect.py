@@ -14,6 +14,7 @@ from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.domains.verifiers import group_advantages, verify
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.rollout.engine import RolloutEngine, Sampling
+from megatron_mopd.rollout.stored_answers import StoredAnswers
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Prompt, Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -28,6 +29,7 @@ class Collector:
     def __init__(
         self, config: RunConfig, mixer: DomainMixer, engine: RolloutEngine, tokenizer: Tokenizer, world: World
     ):
+        """Rollouts of `StoredAnswers` keep the reward that they come with."""
         self._config = config
         self._mixer = mixer
         self._engine = engine
@@ -78,6 +80,8 @@ class Collector:
             sampling=sampling,
             seed=seed,
         )
+        if isinstance(self._engine, StoredAnswers):
+            return _share(rollouts, None, prompts, self._world)
         try:
             rollouts, problem = verify(rollouts, self._config, self._tokenizer), None
         except ConfigError as error:  # of one rank's prompt: the others must hear of it, not wait for it
