@@ -60,7 +60,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_layout(config.parallel, world_size)
     inputs = resolve_inputs(config)
     check_architecture(inputs.arch, config.parallel)
-    _check_vocabulary(inputs)
+    _check_vocabulary(config, inputs)
     _check_teachers(config, inputs)
     _check_weights(inputs)
     _check_lengths(config, inputs.arch)
@@ -78,12 +78,16 @@ def check_evaluation(config: RunConfig, checkpoint: str, world_size: int) -> Non
     _check_data(config, Tokenizer.load(folder))
 
 
-def _check_vocabulary(inputs: Inputs) -> None:
+def _check_vocabulary(config: RunConfig, inputs: Inputs) -> None:
     highest, limit = max(*inputs.tokenizer.vocabulary.values(), *inputs.tokenizer.stop_ids), inputs.arch.vocab_size
     if highest >= limit:
         raise ConfigError(
             f"{inputs.model_folder}: the tokenizer or generation_config.json has token id {highest}, config.json's "
             f"vocab_size is {limit}; use the model's own tokenizer"
+        )
+    if config.objective.kind == "teacher_topk" and config.objective.top_k > limit:
+        raise ConfigError(
+            f"objective.top_k: {config.objective.top_k} is more than the {limit} tokens of the vocabulary; lower it"
         )
 
 

@@ -170,7 +170,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("model.dtype=[float32]", "model.dtype: expected one of float32, bfloat16, got ['float32']"),
         (
             "domains.a.verifier=null",
-            "verifier: expected one of task, math, exact, ifeval, command, none, got None",
+            "domains.a.verifier: expected one of task, math, exact, ifeval, command, none, got None",
         ),
     ],
 )
@@ -325,7 +325,7 @@ def _mopd_without(old: str, new: str) -> str:
         (
             MOPD,
             ["objective.kind=grpo"],
-            "objective.kind: stage 'mopd' takes sampled or full_vocab, got 'grpo'",
+            "objective.kind: stage 'mopd' takes sampled, teacher_topk or full_vocab, got 'grpo'",
         ),
         (
             RL,
