@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -134,7 +135,8 @@ def _run(key: str, spec: DomainSpec, lines: str) -> str:
         raise
     if process.returncode:
         last = (problems.strip() or "nothing on standard error").splitlines()[-1]
-        raise ConfigError(f"{key}: '{spec.command[0]}' ended with code {process.returncode}: {last[:_EXCERPT]}")
+        command = shlex.join(spec.command)
+        raise ConfigError(f"{key}: {command!r} ended with code {process.returncode}: {last[:_EXCERPT]}")
     return output
 
 
