@@ -58,6 +58,15 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     demo = _command(
         commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
     )
+    compare = _command(
+        commands,
+        "reproduce CONFIG",
+        _reproduce,
+        "compare methods over seeds",
+        cli_text.REPRODUCE,
+        cli_text.REPRODUCE_EPILOG,
+    )
+    _add_reproduce_options(compare)
     for command in (run, evaluate, export):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
@@ -71,6 +80,15 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         parser.error(f"unknown option {unknown[0]}; see --help")
     return arguments, overrides
+
+
+def _add_reproduce_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file of the comparison")
+    command.add_argument("--seeds", metavar="N", type=int, help="the first N seeds of the file; default: all")
+    command.add_argument("--only", metavar="METHOD", help="this method and what it needs")
+    command.add_argument("--dry-run", action="store_true", help="print the nodes and their cost; make none")
+    command.add_argument("--prune", action="store_true", help="delete results that the file no longer leads to")
+    command.add_argument("--tune", action="store_true", help="run the trials of `tune`, on the validation split")
 
 
 def _command(
@@ -127,6 +145,19 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     export(config, arguments.checkpoint, Path(arguments.hf))
     print(arguments.hf)
     return 0
+
+
+def _reproduce(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megatron_mopd.reproduce.command import Options, reproduce
+
+    options = Options(
+        seeds=arguments.seeds,
+        only=arguments.only,
+        dry_run=arguments.dry_run,
+        prune=arguments.prune,
+        tune=arguments.tune,
+    )
+    return reproduce(arguments.config, overrides, options)
 
 
 def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -78,3 +78,20 @@ examples:
   mopd demo
   mopd demo --run-dir runs/demo2 seed=1
 """
+
+REPRODUCE = """\
+Compare methods: a base, its teachers and every method for every seed, evaluated on the same held-out prompts.
+
+CONFIG is a graph of runs, samples and merges. Each is an ordinary command on an ordinary file and is made once:
+its result is kept for as long as nothing that it depends on changes (files, values, datasets, other results).
+Ctrl-C, kill -9 or a failure cost the steps since the last checkpoint: the same command goes on.
+Prints the table with 95 % intervals over seeds, and writes summary.json for `mopd report`.
+"""
+
+REPRODUCE_EPILOG = """\
+examples:
+  mopd reproduce configs/tiny/reproduce.yaml --dry-run     what would be made, at what cost
+  mopd reproduce configs/tiny/reproduce.yaml --seeds 1     one seed of all
+  mopd reproduce configs/tiny/reproduce.yaml --only mopd   one method, with what it needs
+  mopd reproduce configs/tiny/reproduce.yaml --tune        the trials, on the validation split
+"""

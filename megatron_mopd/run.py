@@ -22,7 +22,8 @@ from megatron_mopd.rollout.answers import ReferenceAnswers
 from megatron_mopd.rollout.collect import Collector, rollout_metrics
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.in_process import InProcessEngine
-from megatron_mopd.run_identity import check_same_run, lock_run_folder, run_identity
+from megatron_mopd.run_identity import check_same_run, run_identity
+from megatron_mopd.run_lock import lock_run_folder
 from megatron_mopd.student import checkpoint
 from megatron_mopd.student.student import Student
 from megatron_mopd.student.weight_stream import export_hf
