@@ -110,8 +110,8 @@ class DomainSpec:
         wanted = self.verifier == "command"
         if wanted and not (self.command and self.command[0]):
             raise ConfigError("command: missing; verifier 'command' needs a list: [program, argument, ...]")
-        _require(wanted or not self.command, f"command: only used by verifier 'command', not '{self.verifier}'")
-        _require(self.command_seconds > 0, f"command_seconds: must be > 0, got {self.command_seconds}")
+        require(wanted or not self.command, f"command: only used by verifier 'command', not '{self.verifier}'")
+        require(self.command_seconds > 0, f"command_seconds: must be > 0, got {self.command_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)
