@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_mopd import __version__, cli_text
-from megatron_mopd.config import RunConfig, load_config
+from megatron_mopd.config import RunConfig, Split, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
 from megatron_mopd.launch import launch
 from megatron_mopd.metrics import check_log
@@ -63,6 +63,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for command in (evaluate, export):
         command.add_argument("--checkpoint", metavar="DIR", required=True, help="of this program, or Hugging Face")
     export.add_argument("--hf", metavar="OUT", required=True, help="folder to write; must not exist or be empty")
+    evaluate.add_argument("--split", choices=get_args(Split), default="held_out", help="default: %(default)s")
     demo.add_argument("--config-dir", metavar="DIR", default="configs/tiny", help="default: %(default)s")
     demo.add_argument("--run-dir", metavar="DIR", default="runs/demo", help="default: %(default)s")
     # key=value may stand anywhere, also after options, where argparse would not take a list of positionals.
@@ -112,8 +113,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(arguments.config, overrides)
     from megatron_mopd import preflight
 
-    preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel))
-    outcome = launch(config, _evaluate_rank, arguments.checkpoint)
+    preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel), arguments.split)
+    outcome = launch(config, _evaluate_rank, arguments.checkpoint, arguments.split)
     joined = joined_world()
     if outcome.result is not None and (joined is None or joined[0] == 0):
         print(json.dumps(outcome.result, indent=2))
@@ -147,10 +148,10 @@ def _train_rank(config: RunConfig) -> None:
     train(config)
 
 
-def _evaluate_rank(config: RunConfig, checkpoint: str) -> dict[str, float]:
-    from megatron_mopd.evaluate import evaluate_checkpoints
+def _evaluate_rank(config: RunConfig, checkpoint: str, split: Split) -> dict[str, Any]:
+    from megatron_mopd.evaluation import evaluate_checkpoints
 
-    return evaluate_checkpoints(config, {"--checkpoint": checkpoint})["--checkpoint"]
+    return evaluate_checkpoints(config, {"--checkpoint": checkpoint}, split)["--checkpoint"].as_json()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 
 from megatron_mopd.config import RunConfig, save_config
 from megatron_mopd.domains.mixer import DomainMixer
-from megatron_mopd.evaluate import evaluate
+from megatron_mopd.evaluation.evaluate import evaluate
+from megatron_mopd.evaluation.results import score_metrics
 from megatron_mopd.metrics import MetricLog, PhaseTimer
 from megatron_mopd.packing import pack_step
 from megatron_mopd.parallel.runtime import start_world, stop_world
@@ -180,5 +181,5 @@ class Run:
             return
         if self._sampler is not self.engine:
             self._sampler.load_weights(self.student.hf_weights(), version=self.student.num_updates)
-        accuracy = evaluate(self.config, self.mixer, self._evaluator)
-        self.log.step(steps_done, {f"accuracy/{name}": value for name, value in accuracy.items()}, kind="eval")
+        scores = evaluate(self.config, self.mixer, self._evaluator)
+        self.log.step(steps_done, score_metrics(scores), kind="eval")

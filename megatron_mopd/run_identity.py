@@ -16,6 +16,9 @@ from megatron_mopd.yaml_config import ConfigError, to_tree
 
 def run_identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Plain values, for JSON. How fast and how long to train (steps, optim, parallel, log, ...) may change."""
+    evaluation = {"seed": config.evaluation.seed, "prompts": config.evaluation.prompts}
+    if config.evaluation.validation_prompts:  # named only where used: older checkpoints do not know it
+        evaluation["validation_prompts"] = config.evaluation.validation_prompts
     return {
         "stage": config.stage,
         "seed": config.seed,
@@ -23,7 +26,7 @@ def run_identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "domains": to_tree(config.domains),
         "objective": to_tree(config.objective),
         "rollout": to_tree(config.rollout),
-        "evaluation": {"seed": config.evaluation.seed, "prompts": config.evaluation.prompts},
+        "evaluation": evaluation,
         "vocabulary": tokenizer.fingerprint.vocab_hash,
         "chat_template": tokenizer.fingerprint.template_hash,
     }

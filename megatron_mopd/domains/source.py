@@ -149,12 +149,14 @@ class JsonlSource:
         return order
 
 
-def read_jsonl(path: Path, domain: str, *, needs_answer: bool) -> list[Item]:
+def read_jsonl(path: Path, domain: str, *, needs_answer: bool, key: str | None = None) -> list[Item]:
     """The lines of `domain`: those without a "domain", and those that name this one.
 
     Each line is {"prompt": text | "messages": [{"role", "content"}, ...], "answer": text, "domain"?: text};
-    blank lines are skipped. Raises ConfigError with file and line for a broken one, and for no line at all.
+    blank lines are skipped. Raises ConfigError with file and line for a broken one, and, naming the configuration
+    key `key`, for no line at all.
     """
+    key = key or f"domains.{domain}.source"
     items = []
     lines = 0
     try:
@@ -165,19 +167,19 @@ def read_jsonl(path: Path, domain: str, *, needs_answer: bool) -> list[Item]:
                     item = _parse_line(raw, f"{path}:{number}", domain, needs_answer)
                     items += [] if item is None else [item]
     except OSError as error:
-        raise ConfigError(f"domains.{domain}.source: {path}: {error.strerror}") from None
+        raise ConfigError(f"{key}: {path}: {error.strerror}") from None
     if not lines:
-        raise ConfigError(f"domains.{domain}.source: {path} is empty")
+        raise ConfigError(f"{key}: {path} is empty")
     if not items:
-        raise ConfigError(f"domains.{domain}.source: none of the {lines} lines of {path} is of domain '{domain}'")
+        raise ConfigError(f"{key}: none of the {lines} lines of {path} is of domain '{domain}'")
     return items
 
 
-def split_held_out(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """(training, held out): a question is held out when sha256 of its text is 0 mod 10."""
+def split_off_tenth(items: Sequence[Item], tenth: int) -> tuple[list[Item], list[Item]]:
+    """(the rest, the questions whose text's sha256 is `tenth` mod 10): the same ones in every file and order."""
     parts: tuple[list[Item], list[Item]] = ([], [])
     for item in items:
-        parts[int(hashlib.sha256(item.key.encode()).hexdigest(), 16) % 10 == 0].append(item)
+        parts[int(hashlib.sha256(item.key.encode()).hexdigest(), 16) % 10 == tenth].append(item)
     return parts
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mopd.config import DomainSpec, RunConfig
+from megatron_mopd.config import DomainSpec
 from megatron_mopd.domains.source import build_task
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Rollout
@@ -84,13 +84,13 @@ class _TooSlow(BaseException):
     """Not an Exception: several scorers catch those all and would go on."""
 
 
-def verify(rollouts: Sequence[Rollout], config: RunConfig, tokenizer: Tokenizer) -> list[Rollout]:
-    """The rollouts with `reward` set by their domain's verifier; truncated responses are scored as they are.
+def verify(rollouts: Sequence[Rollout], domains: Mapping[str, DomainSpec], tokenizer: Tokenizer) -> list[Rollout]:
+    """The rollouts with `reward` set by the verifier of their domain; truncated responses are scored as they are.
 
     Must run in a process's main thread: its time limits use signals (SIGVTALRM; math-verify's, SIGALRM).
     """
     return [
-        dataclasses.replace(rollout, reward=score(tokenizer.decode(rollout.response_ids), rollout, config.domains))
+        dataclasses.replace(rollout, reward=score(tokenizer.decode(rollout.response_ids), rollout, domains))
         for rollout in rollouts
     ]
 
