@@ -58,6 +58,17 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     demo = _command(
         commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
     )
+    benchmark = _command(
+        commands,
+        "benchmark NAME --from FILE --out FILE",
+        _benchmark,
+        "a benchmark's questions -> prompt file",
+        cli_text.BENCHMARK,
+        cli_text.BENCHMARK_EPILOG,
+    )
+    benchmark.add_argument("name", metavar="NAME", help="aime25, aime26, ifeval, ifbench or swe_bench_verified")
+    benchmark.add_argument("--from", metavar="FILE", dest="origin", required=True, help="or hub:OWNER/NAME:SPLIT")
+    benchmark.add_argument("--out", metavar="FILE", required=True, help="JSONL file to write; must not exist")
     for command in (run, evaluate, export):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
@@ -137,6 +148,16 @@ def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_mopd.demo import run_demo
 
     return run_demo(config_dir, Path(arguments.run_dir), overrides)
+
+
+def _benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if overrides:
+        raise ConfigError(f"benchmark: takes no {overrides[0]!r}; only NAME, --from and --out")
+    from megatron_mopd.domains.benchmarks import BENCHMARKS, convert
+
+    count = convert(arguments.name, arguments.origin, Path(arguments.out))
+    print(f"{arguments.out}: {count} questions; verifier: {BENCHMARKS[arguments.name].verifier}")
+    return 0
 
 
 # Imported on the ranks: on a machine with GPUs the launcher must not load what may touch them.

@@ -83,8 +83,13 @@ class DomainSpec:
     source: SourceSpec
     teacher: str | None = None
     """Key into `teachers`; needed in the `mopd` stage and only there."""
-    verifier: Literal["task", "math", "exact", "none"] = "task"
-    """task: the reasoning-gym task's own scorer · math: math-verify · exact: same text · none: no reward."""
+    verifier: Literal["task", "math", "exact", "ifeval", "command", "none"] = "task"
+    """task: the reasoning-gym task's own scorer · math: math-verify · exact: same text · ifeval: instructions of the
+    line followed (strict) · command: a program of yours · none: no reward."""
+    command: tuple[str, ...] = ()
+    """`verifier: command`: program and arguments; see domains/command.py for what it reads and writes."""
+    command_seconds: float = 600.0
+    """`verifier: command`: how long it may take for one batch, by the clock."""
     weight: float = 1.0
     """Share of the prompts of a step, relative to the other domains."""
     max_prompt_tokens: int = 2048
@@ -101,6 +106,16 @@ class DomainSpec:
         _require(0 <= self.wrong_answers < 1, "wrong_answers: must be in [0, 1)")
         if self.verifier == "task" and self.source.reasoning_gym is None:
             raise ConfigError("verifier: 'task' needs a reasoning_gym source; use math, exact or none with jsonl")
+        if self.verifier == "ifeval" and self.source.jsonl is None:
+            raise ConfigError("verifier: 'ifeval' needs a jsonl source; `mopd benchmark ifeval` writes one")
+        self._check_command()
+
+    def _check_command(self) -> None:
+        wanted = self.verifier == "command"
+        if wanted and not (self.command and self.command[0]):
+            raise ConfigError("command: missing; verifier 'command' needs a list: [program, argument, ...]")
+        _require(wanted or not self.command, f"command: only used by verifier 'command', not '{self.verifier}'")
+        _require(self.command_seconds > 0, f"command_seconds: must be > 0, got {self.command_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)

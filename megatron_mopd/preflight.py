@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mopd.config import RunConfig, Split, check_layout
+from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluation.documents import read_windows
 from megatron_mopd.hub import resolve_folder
@@ -130,6 +131,9 @@ def _check_data(config: RunConfig, arch: Architecture, tokenizer: Tokenizer, spl
     mixer.split(config.domain_names[0], split)
     if config.evaluation.perplexity is not None:
         read_windows(Path(config.evaluation.perplexity), arch, tokenizer)
+    benchmarks = {**config.evaluation.out_of_domain, **config.evaluation.benchmarks}
+    for name, domain in {**config.domains, **benchmarks}.items():
+        check_command(name, domain)
 
 
 def _check_run_folder(config: RunConfig) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mopd.config import BenchmarkSpec, DomainSpec, RunConfig, Split
+from megatron_mopd.domains.ifeval import read_instructions
 from megatron_mopd.domains.source import (
     Item,
     JsonlSource,
@@ -124,7 +125,7 @@ def find_splits(config: RunConfig, sources: Mapping[str, DomainSources], tokeniz
     return Splits(
         domains={name: {"held_out": held_out[name], "validation": validation[name]} for name in sources},
         benchmarks={
-            group: {name: _benchmark(task, f"{group}.{name}", config, tokenizer) for name, task in tasks.items()}
+            group: {name: _benchmark(task, group, name, config, tokenizer) for name, task in tasks.items()}
             for group, tasks in groups.items()
         },
     )
@@ -151,9 +152,9 @@ def _distinct(
     return Questions(items=tuple(found.values())[:count], hashes=frozenset(found))
 
 
-def _benchmark(task: BenchmarkSpec, name: str, config: RunConfig, tokenizer: Tokenizer) -> Questions:
+def _benchmark(task: BenchmarkSpec, group: str, name: str, config: RunConfig, tokenizer: Tokenizer) -> Questions:
     """All questions of a file, or as many as are asked for; nothing is split off, as nothing trains on them."""
-    key = f"evaluation.{name}.source"
+    key = f"evaluation.{group}.{name}.source"
     seed = derive_seed(config.evaluation.seed, "held out")
     source: Source
     if task.source.reasoning_gym is not None:
@@ -161,7 +162,7 @@ def _benchmark(task: BenchmarkSpec, name: str, config: RunConfig, tokenizer: Tok
         count = task.prompts or config.evaluation.prompts
     else:
         assert task.source.jsonl is not None
-        items = read_jsonl(Path(task.source.jsonl), name, needs_answer=needs_answer(task), key=key)
+        items = _read(task.source.jsonl, name, task, needs_answer(task), key)
         source = JsonlSource(items, seed)
         count = task.prompts or len(items)
     return _distinct(source, count, tokenizer)
@@ -188,9 +189,9 @@ def open_sources(name: str, config: RunConfig) -> DomainSources:
         )
     assert spec.jsonl is not None
     answers = config.stage == "sft" or needs_answer(domain)
-    items = read_jsonl(Path(spec.jsonl), name, needs_answer=answers)
+    items = _read(spec.jsonl, name, domain, answers, key)
     files = {split: getattr(spec, split) for split in seeds}
-    kept = {split: read_jsonl(Path(file), name, needs_answer=answers) for split, file in files.items() if file}
+    kept = {split: _read(file, name, domain, answers, key) for split, file in files.items() if file}
     _check_overlap(key, {spec.jsonl: items} | {files[split]: part for split, part in kept.items()})
     total = len(items)
     for split in seeds:
@@ -205,6 +206,11 @@ def open_sources(name: str, config: RunConfig) -> DomainSources:
         training=JsonlSource(items, training_seed),
         splits={split: JsonlSource(kept[split], seed) if kept[split] else None for split, seed in seeds.items()},
     )
+
+
+def _read(file: str, name: str, spec: DomainSpec, answers: bool, key: str) -> list[Item]:
+    check = read_instructions if spec.verifier == "ifeval" else None
+    return read_jsonl(Path(file), name, needs_answer=answers, check=check, key=key)
 
 
 def _check_overlap(key: str, files: Mapping[str, Sequence[Item]]) -> None:

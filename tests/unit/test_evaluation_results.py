@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,30 @@ def test_a_benchmark_has_its_own_sampling_and_verifier(tmp_path: Path) -> None:
     assert score.standard_error == 0.0
     other = evaluate_benchmarks(run, mixer, answers, "out_of_domain")["o"]
     assert (other.accuracy, other.prompts, other.samples) == (1.0, 5, 1)
+
+
+def test_benchmarks_are_scored_by_instructions_and_by_programs(tmp_path: Path) -> None:
+    line = {"prompt": "Do not use any commas.", "answer": "a, b", "domain": "if"}
+    line |= {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    program = """
+import json, sys
+for line in sys.stdin:
+    question = json.loads(line)
+    print(json.dumps({"id": question["id"], "score": float(question["response"] == "~")}))
+"""
+    limits: dict[str, Any] = {"samples": 3, "max_response_tokens": 8}
+    for verifier, extra in (("ifeval", {}), ("command", {"command": (sys.executable, "-c", program)})):
+        (tmp_path / "if.jsonl").write_text(json.dumps(line))
+        task = BenchmarkSpec(source=SourceSpec(jsonl=str(tmp_path / "if.jsonl")), verifier=verifier, **limits, **extra)
+        run, mixer, answers, _ = collector(EvalSpec(prompts=2, benchmarks={"if": task}), right=[1])
+        # One answer is "a, b", two are "~".
+        score = evaluate_benchmarks(run, mixer, answers, "benchmarks")["if"]
+        assert (score.accuracy, score.prompts, score.samples) == (2 / 3, 1, 3)
+    (tmp_path / "if.jsonl").write_text(json.dumps(line | {"instruction_id_list": ["punctuation:no_full_stop"]}))
+    task = BenchmarkSpec(source=task.source, verifier="ifeval")
+    run, mixer, _, _ = collector(EvalSpec(prompts=2, benchmarks={"if": task}), right=[1])
+    with pytest.raises(ConfigError, match=r"if\.jsonl:1: .*no_full_stop"):
+        mixer.check()
 
 
 def test_partial_credit_is_not_a_right_answer() -> None:
