@@ -12,7 +12,7 @@ from typing import Any, get_args
 from megatron_mopd import __version__, cli_text
 from megatron_mopd.config import RunConfig, Split, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
-from megatron_mopd.launch import launch
+from megatron_mopd.launch import Outcome, launch
 from megatron_mopd.metrics import check_log
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
@@ -69,12 +69,22 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     benchmark.add_argument("name", metavar="NAME", help="aime25, aime26, ifeval, ifbench or swe_bench_verified")
     benchmark.add_argument("--from", metavar="FILE", dest="origin", required=True, help="or hub:OWNER/NAME:SPLIT")
     benchmark.add_argument("--out", metavar="FILE", required=True, help="JSONL file to write; must not exist")
-    for command in (run, evaluate, export):
+    sample = _command(
+        commands,
+        "sample CONFIG --out FILE",
+        _sample,
+        "the teachers' answers",
+        cli_text.SAMPLE,
+        cli_text.SAMPLE_EPILOG,
+    )
+    for command in (run, evaluate, export, sample):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
         command.add_argument("--checkpoint", metavar="DIR", required=True, help="of this program, or Hugging Face")
     export.add_argument("--hf", metavar="OUT", required=True, help="folder to write; must not exist or be empty")
     evaluate.add_argument("--split", choices=get_args(Split), default="held_out", help="default: %(default)s")
+    sample.add_argument("--out", metavar="FILE", required=True, help="dataset to write; must not exist")
+    sample.add_argument("--keep", choices=("all", "correct"), default="all", help="default: %(default)s")
     demo.add_argument("--config-dir", metavar="DIR", default="configs/tiny", help="default: %(default)s")
     demo.add_argument("--run-dir", metavar="DIR", default="runs/demo", help="default: %(default)s")
     # key=value may stand anywhere, also after options, where argparse would not take a list of positionals.
@@ -125,7 +135,10 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_mopd import preflight
 
     preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel), arguments.split)
-    outcome = launch(config, _evaluate_rank, arguments.checkpoint, arguments.split)
+    return _print_result(launch(config, _evaluate_rank, arguments.checkpoint, arguments.split))
+
+
+def _print_result(outcome: Outcome) -> int:
     joined = joined_world()
     if outcome.result is not None and (joined is None or joined[0] == 0):
         print(json.dumps(outcome.result, indent=2))
@@ -139,6 +152,17 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     export(config, arguments.checkpoint, Path(arguments.hf))
     print(arguments.hf)
     return 0
+
+
+def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_config(arguments.config, overrides)
+    from megatron_mopd import preflight
+    from megatron_mopd.sample import check_sampling, sampling_config
+
+    check_sampling(config, Path(arguments.out), arguments.keep)
+    config = sampling_config(config)
+    preflight.check(config, world_size(config.parallel))
+    return _print_result(launch(config, _sample_rank, arguments.out, arguments.keep))
 
 
 def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -167,6 +191,12 @@ def _train_rank(config: RunConfig) -> None:
     from megatron_mopd.train import train
 
     train(config)
+
+
+def _sample_rank(config: RunConfig, out: str, keep: str) -> dict[str, Any]:
+    from megatron_mopd.sample import sample
+
+    return sample(config, out, keep)  # type: ignore[arg-type]
 
 
 def _evaluate_rank(config: RunConfig, checkpoint: str, split: Split) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_mopd.config import RunConfig, Split, check_layout
 from megatron_mopd.domains.command import check_command
+from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluation.documents import read_windows
 from megatron_mopd.hub import resolve_folder
@@ -32,6 +33,8 @@ class Inputs:
     weights: Path | None
     """The student's initial weights; None: random ones."""
     teachers: Mapping[str, tuple[Architecture, Path]]
+    dataset: Dataset | None
+    """The stored answers that `rollout.engine: dataset` learns from."""
 
 
 def resolve_inputs(config: RunConfig) -> Inputs:
@@ -53,7 +56,22 @@ def resolve_inputs(config: RunConfig) -> Inputs:
         else:
             folder = resolve_folder(teacher.checkpoint, f"teachers.{name}.checkpoint")
             teachers[name] = (read_architecture(folder), folder)
-    return Inputs(arch=arch, tokenizer=tokenizer, model_folder=model_folder, weights=weights, teachers=teachers)
+    return Inputs(
+        arch=arch,
+        tokenizer=tokenizer,
+        model_folder=model_folder,
+        weights=weights,
+        teachers=teachers,
+        dataset=_open_dataset(config, tokenizer, arch.vocab_size),
+    )
+
+
+def _open_dataset(config: RunConfig, tokenizer: Tokenizer, vocab_size: int) -> Dataset | None:
+    if config.rollout.dataset is None:
+        return None
+    dataset = Dataset.load(Path(config.rollout.dataset), vocab_size)
+    dataset.check(config.domains, tokenizer)
+    return dataset
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -61,11 +79,11 @@ def check(config: RunConfig, world_size: int) -> None:
     check_layout(config.parallel, world_size)
     inputs = resolve_inputs(config)
     check_architecture(inputs.arch, config.parallel)
-    _check_vocabulary(inputs)
+    _check_vocabulary(config, inputs)
     _check_teachers(config, inputs)
     _check_weights(inputs)
     _check_lengths(config, inputs.arch)
-    _check_data(config, inputs.arch, inputs.tokenizer)
+    _check_data(config, inputs.arch, inputs.tokenizer, dataset=inputs.dataset)
     _check_run_folder(config)
 
 
@@ -78,15 +96,19 @@ def check_evaluation(config: RunConfig, checkpoint: str, world_size: int, split:
         check_architecture(arch, config.parallel, "the checkpoint's")
     check_hf(arch, folder, "--checkpoint")
     _check_lengths(config, arch)
-    _check_data(config, arch, Tokenizer.load(folder), split)
+    _check_data(config, arch, Tokenizer.load(folder), split=split)
 
 
-def _check_vocabulary(inputs: Inputs) -> None:
+def _check_vocabulary(config: RunConfig, inputs: Inputs) -> None:
     highest, limit = max(*inputs.tokenizer.vocabulary.values(), *inputs.tokenizer.stop_ids), inputs.arch.vocab_size
     if highest >= limit:
         raise ConfigError(
             f"{inputs.model_folder}: the tokenizer or generation_config.json has token id {highest}, config.json's "
             f"vocab_size is {limit}; use the model's own tokenizer"
+        )
+    if config.objective.kind == "teacher_topk" and config.objective.top_k > limit:
+        raise ConfigError(
+            f"objective.top_k: {config.objective.top_k} is more than the {limit} tokens of the vocabulary; lower it"
         )
 
 
@@ -125,8 +147,15 @@ def _check_lengths(config: RunConfig, arch: Architecture) -> None:
             )
 
 
-def _check_data(config: RunConfig, arch: Architecture, tokenizer: Tokenizer, split: Split = "held_out") -> None:
-    mixer = DomainMixer(config, tokenizer)
+def _check_data(
+    config: RunConfig,
+    arch: Architecture,
+    tokenizer: Tokenizer,
+    *,
+    split: Split = "held_out",
+    dataset: Dataset | None = None,
+) -> None:
+    mixer = DomainMixer(config, tokenizer, dataset)
     mixer.check()
     mixer.split(config.domain_names[0], split)
     if config.evaluation.perplexity is not None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_mopd.config import RunConfig, Split
+from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.source import Item, unit_interval
 from megatron_mopd.domains.splits import (
     PATIENCE,
@@ -19,6 +20,7 @@ from megatron_mopd.domains.splits import (
     render_prompt,
     render_questions,
 )
+from megatron_mopd.domains.stored_feed import StoredFeed
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Prompt
 from megatron_mopd.yaml_config import ConfigError
@@ -40,29 +42,37 @@ class DomainState:
 class DomainMixer:
     """Every rank builds one from the same configuration and draws the same prompts."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer):
-        total = sum(spec.weight for spec in config.domains.values())
-        self._shares = {name: spec.weight / total for name, spec in config.domains.items()}
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | None = None):
+        """dataset: where the prompts to train on come from instead of the domains' sources."""
+        self._shares = config.domain_shares
         self._config, self._tokenizer = config, tokenizer
         self._feeds = {name: _Feed(name, config, tokenizer) for name in config.domains}
+        self._dataset = dataset
+        self._stored = {name: StoredFeed(name, config, dataset) for name in config.domains} if dataset else {}
         self._states = {name: DomainState() for name in config.domains}
 
-    def draw(self, count: int) -> list[Prompt]:
-        """The next `count` prompts, domains interleaved.
+    def draw(self, count: int, step: int = 0) -> list[Prompt]:
+        """The next `count` prompts, domains interleaved, in the shares of `step`.
 
         Each prompt goes to the domain that is owed most, so shares are exact whenever count * share is whole
         for all, and the rest is carried over: drawing 20 twice is drawing 40. Raises ConfigError for a domain
         that has no usable prompt left.
         """
         prompts = []
+        shares = self._shares(step)
         for _ in range(count):
-            for name, share in self._shares.items():
+            for name, share in shares.items():
                 self._states[name].credit += share
             # Rounded, so that a tie in spite of the last bit goes to the domain that is named first.
             chosen = max(self._states, key=lambda name: round(self._states[name].credit, 9))
             self._states[chosen].credit -= 1.0
-            prompts.append(self._feeds[chosen].next(self._states[chosen], self.reserved))
+            prompts.append(self._next(chosen, self._states[chosen]))
         return prompts
+
+    def _next(self, domain: str, state: DomainState) -> Prompt:
+        if domain in self._stored:
+            return self._stored[domain].next(state, self.reserved)
+        return self._feeds[domain].next(state, self.reserved)
 
     def held_out(self, domain: str) -> list[Prompt]:
         """The domain's evaluation prompts: distinct, never trained on, the same whatever the run's seed.
@@ -107,8 +117,8 @@ class DomainMixer:
 
     def check(self) -> None:
         """Raise ConfigError for a domain that has no usable prompt to train on, and for a split without any."""
-        for feed in self._feeds.values():
-            feed.next(DomainState(), self.reserved)
+        for name in self._feeds:
+            self._next(name, DomainState())
         self.check_splits()
 
     def check_splits(self) -> None:
@@ -125,7 +135,11 @@ class DomainMixer:
     def counts(self) -> dict[str, dict[str, int]]:
         """Since the run began, by domain: prompts drawn, and candidates left out and why."""
         names = ("drawn", "too_long", "held_out_skipped")
-        return {domain: {name: getattr(state, name) for name in names} for domain, state in self._states.items()}
+        counts = {domain: {name: getattr(state, name) for name in names} for domain, state in self._states.items()}
+        if self._dataset is not None:
+            for domain, count in counts.items():  # in the file: before the run began
+                count["wrong_left_out"] = self._dataset.cost.left_out.get(domain, 0)
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that survive JSON."""
@@ -147,7 +161,7 @@ class DomainMixer:
 
     @cached_property
     def reserved(self) -> frozenset[str]:
-        """`question_hash` of all that is evaluated on, in any domain or benchmark: never drawn."""
+        """`Prompt.question` of all that is evaluated on, in any domain or benchmark: never drawn."""
         return self._splits.hashes
 
 
@@ -156,7 +170,7 @@ class _Feed:
 
     def __init__(self, name: str, config: RunConfig, tokenizer: Tokenizer):
         self._name, self._spec, self._tokenizer = name, config.domains[name], tokenizer
-        self._seed, self._sft = config.seed, config.stage == "sft"
+        self._seed, self._sft = config.seed, config.reads_answers
         self._wrong_share = self._spec.wrong_answers if self._sft else 0.0
         self.sources = open_sources(name, config)
         self._training = self.sources.training
@@ -167,7 +181,8 @@ class _Feed:
             index = state.cursor
             state.cursor += 1
             item = self._training.item(index)
-            if question_hash(item, self._tokenizer) in reserved:
+            question = question_hash(item, self._tokenizer)
+            if question in reserved:
                 state.held_out_skipped += 1
                 continue
             prompt = render_prompt(
@@ -176,6 +191,7 @@ class _Feed:
                 domain=self._name,
                 identity=f"{self._name}/{index}",
                 answer=self._answer(item, index),
+                question=question,
                 tokenizer=self._tokenizer,
             )
             if prompt is None:

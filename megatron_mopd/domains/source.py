@@ -132,19 +132,30 @@ class JsonlSource:
     def __init__(self, items: Sequence[Item], seed: int):
         if not items:
             raise ValueError("a JSONL source needs at least one item")
-        self._items, self._seed = items, seed
-        self._orders: dict[int, list[int]] = {}
+        self._items = items
+        self._epochs = Epochs(len(items), seed)
 
     @property
     def size(self) -> int:
         return len(self._items)
 
     def item(self, index: int) -> Item:
-        epoch, position = divmod(index, len(self._items))
-        return self._items[_remember(self._orders, epoch, lambda: self._order(epoch))[position]]
+        return self._items[self._epochs.place(index)]
+
+
+class Epochs:
+    """`size` places in a new order every epoch, without end: a function of (seed, index)."""
+
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed = size, seed
+        self._orders: dict[int, list[int]] = {}
+
+    def place(self, index: int) -> int:
+        epoch, position = divmod(index, self._size)
+        return _remember(self._orders, epoch, lambda: self._order(epoch))[position]
 
     def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self._items)))
+        order = list(range(self._size))
         random.Random(derive_seed(self._seed, epoch)).shuffle(order)
         return order
 

@@ -78,9 +78,12 @@ def question_hash(item: Item, tokenizer: Tokenizer) -> str:
 
 
 def render_prompt(
-    item: Item, spec: DomainSpec, *, domain: str, identity: str, answer: str, tokenizer: Tokenizer
+    item: Item, spec: DomainSpec, *, domain: str, identity: str, answer: str, question: str, tokenizer: Tokenizer
 ) -> Prompt | None:
-    """The item behind the domain's system prompt, tokenised; None when it exceeds `max_prompt_tokens`."""
+    """The item behind the domain's system prompt, tokenised; None when it exceeds `max_prompt_tokens`.
+
+    `question` is its `question_hash`.
+    """
     system: tuple[Message, ...] = ()
     if spec.system_prompt is not None:
         system = ({"role": "system", "content": spec.system_prompt},)
@@ -90,6 +93,7 @@ def render_prompt(
     return Prompt(
         id=identity,
         domain=domain,
+        question=question,
         token_ids=token_ids,
         answer=answer,
         max_response_tokens=spec.max_response_tokens,
@@ -102,7 +106,15 @@ def render_questions(
 ) -> PromptSet:
     """The prompts of a split, with the ids '<prefix>/<index>'. ConfigError when none is short enough."""
     rendered = [
-        render_prompt(item, spec, domain=domain, identity=f"{prefix}/{index}", answer=item.answer, tokenizer=tokenizer)
+        render_prompt(
+            item,
+            spec,
+            domain=domain,
+            identity=f"{prefix}/{index}",
+            answer=item.answer,
+            question=question_hash(item, tokenizer),
+            tokenizer=tokenizer,
+        )
         for index, item in questions.items
     ]
     prompts = tuple(prompt for prompt in rendered if prompt is not None)
@@ -188,7 +200,7 @@ def open_sources(name: str, config: RunConfig) -> DomainSources:
             splits={split: ReasoningGymSource(task, params, seed, key) for split, seed in seeds.items()},
         )
     assert spec.jsonl is not None
-    answers = config.stage == "sft" or needs_answer(domain)
+    answers = config.reads_answers or needs_answer(domain)
     items = _read(spec.jsonl, name, domain, answers, key)
     files = {split: getattr(spec, split) for split in seeds}
     kept = {split: _read(file, name, domain, answers, key) for split, file in files.items() if file}

@@ -26,6 +26,8 @@ from megatron_mopd.yaml_config import ConfigError
 CPU_SECONDS_PER_ANSWER = 5.0
 """After which a response that keeps its scorer busy counts as wrong. CPU time, not the clock's: a
 reward must not depend on how busy the machine is."""
+FULL_SCORE = 1.0 - 1e-6
+"""An answer is right from here on: partial credit, which some tasks give, is for RL only."""
 _NO_ALARM = 10**6
 """math-verify's own limits are by the clock, and switching them off logs a warning per process."""
 

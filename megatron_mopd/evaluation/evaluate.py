@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_mopd.config import BenchmarkSpec, DomainSpec, RunConfig, Split
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.domains.splits import PromptSet
+from megatron_mopd.domains.verifiers import FULL_SCORE
 from megatron_mopd.evaluation.perplexity import checkpoint_perplexity
 from megatron_mopd.evaluation.results import EvalResult, Score
 from megatron_mopd.hub import resolve_folder
@@ -23,9 +24,6 @@ from megatron_mopd.student.architecture import Architecture, read_architecture
 from megatron_mopd.student.hf_files import TensorReader, read_headers
 from megatron_mopd.student.weight_table import model_tensors
 from megatron_mopd.tokenizer import Tokenizer
-
-FULL_SCORE = 1.0 - 1e-6
-"""Right means the verifier's full score: partial credit, which some tasks give, is for RL only."""
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mopd.config import RunConfig
+from megatron_mopd.config import ObjectiveSpec, RunConfig
 from megatron_mopd.evaluation.documents import TEXT, read_windows
 from megatron_mopd.packing import pack, plan_microbatches
 from megatron_mopd.parallel.runtime import World
@@ -22,6 +22,10 @@ from megatron_mopd.student.step import score
 from megatron_mopd.student.weights import load_hf
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import MicroBatch, Rollout
+
+
+_LOGPROBS = ObjectiveSpec(kind="sampled")
+"""The objective that needs a model's log-probabilities of the tokens as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ def checkpoint_perplexity(
     # The tensor ranks of a stage report the same rows, and only the last stage has them.
     if world.is_last_stage and world.tensor.rank == 0:
         sums[1] = sum(len(batch.targets) for batch in batches)
-    for result in score(model, batches, arch.vocab_size, world, keep_hidden=False):
+    for result in score(model, batches, arch.vocab_size, world, _LOGPROBS):
         if result.logprobs is not None and world.tensor.rank == 0:
             sums[0] += result.logprobs.double().sum()
     total, tokens = world.sum(sums).tolist()

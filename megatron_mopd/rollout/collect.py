@@ -14,6 +14,7 @@ from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.domains.verifiers import group_advantages, verify
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.rollout.engine import RolloutEngine, Sampling
+from megatron_mopd.rollout.stored_answers import StoredAnswers
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Prompt, Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -28,6 +29,7 @@ class Collector:
     def __init__(
         self, config: RunConfig, mixer: DomainMixer, engine: RolloutEngine, tokenizer: Tokenizer, world: World
     ):
+        """Rollouts of `StoredAnswers` keep the reward that they come with."""
         self._config = config
         self._mixer = mixer
         self._engine = engine
@@ -35,6 +37,8 @@ class Collector:
         self._world = world
         self.sampling_metrics: dict[str, float] = {}
         """Of the last `collect` with dynamic sampling: what was sampled, before groups without signal were left out."""
+        self.generated_tokens = 0
+        """Sampled in the last `collect`, also for rollouts that were left out; 0 where answers are only looked up."""
 
     def collect(self, step: int) -> list[Rollout]:
         """The rollouts of `step`: what they are depends on (seed, step) and the weights, not on the layout."""
@@ -44,7 +48,7 @@ class Collector:
         sampled: list[Rollout] = []
         for attempt in range(rounds):
             missing = config.prompts_per_step - len(kept) // config.rollout.samples_per_prompt
-            prompts = self._mixer.draw(missing)
+            prompts = self._mixer.draw(missing, step)
             rollouts = self.sample(prompts, seed=config.seed * 1_000_003 + step * rounds + attempt)
             if config.needs_outcome:
                 rollouts = group_advantages(rollouts, config.objective.normalise_by_std)
@@ -53,6 +57,8 @@ class Collector:
             kept += rollouts if rounds == 1 or (last and not kept) else _with_signal(rollouts)
             if len(kept) >= config.prompts_per_step * config.rollout.samples_per_prompt:
                 break
+        if config.generates:
+            self.generated_tokens = sum(int(rollout.loss_mask.sum()) for rollout in sampled)
         if rounds > 1:
             names = config.domain_names
             self.sampling_metrics = {
@@ -83,6 +89,8 @@ class Collector:
             sampling=sampling,
             seed=seed,
         )
+        if isinstance(self._engine, StoredAnswers):
+            return _share(rollouts, None, prompts, self._world)
         try:
             rollouts, problem = verify(rollouts, domains or self._config.domains, self._tokenizer), None
         except ConfigError as error:  # of one rank's prompt: the others must hear of it, not wait for it

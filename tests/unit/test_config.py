@@ -325,7 +325,7 @@ def _mopd_without(old: str, new: str) -> str:
         (
             MOPD,
             ["objective.kind=grpo"],
-            "objective.kind: stage 'mopd' takes sampled or full_vocab, got 'grpo'",
+            "objective.kind: stage 'mopd' takes sampled, teacher_topk or full_vocab, got 'grpo'",
         ),
         (
             RL,
