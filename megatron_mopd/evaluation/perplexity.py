@@ -23,7 +23,6 @@ from megatron_mopd.student.weights import load_hf
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import MicroBatch, Rollout
 
-
 _LOGPROBS = ObjectiveSpec(kind="sampled")
 """The objective that needs a model's log-probabilities of the tokens as they are."""
 

@@ -1,0 +1,145 @@
+"""Figures over the course of training: accuracy, reverse KL and token share of each domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_mopd.report_page.axes import EndLabel, label_ends, panels, reference
+from megatron_mopd.report_page.curves import Curve, Point
+from megatron_mopd.report_page.sources import CurveSet
+from megatron_mopd.report_page.study import Estimate, Study
+from megatron_mopd.report_page.study_figures import compact
+from megatron_mopd.report_page.style import BASE, COLUMN, PAGE, TEACHER, Look, domain_colours
+
+Looks = Mapping[str, Look]
+
+
+def with_metric(group: CurveSet, metric: str) -> list[Curve]:
+    """The curves of the group that have the metric, for one domain or more, more than once."""
+    return [
+        curve
+        for curve in group.curves
+        if any(len(curve.points(metric, domain, over_tokens=False)) > 1 for domain in curve.domains(metric))
+    ]
+
+
+def over_tokens(curves: Sequence[Curve]) -> bool:
+    """Whether all of them counted tokens; otherwise their common axis is steps."""
+    return all(curve.counts_tokens for curve in curves)
+
+
+def learning_figure(group: CurveSet, looks: Looks) -> Any:
+    """Held-out accuracy: the mean over domains, then each domain, with the lines of base and teacher."""
+    curves = with_metric(group, "accuracy")
+    tokens = over_tokens(curves)
+    domains = _domains(curves, "accuracy")
+    names = ["mean of the domains", *domains] if len(domains) > 1 else domains
+    columns = 1 if len(names) == 1 else 2 if len(names) <= 4 else 3
+    height = max(1.9, 0.7 + 0.125 * (len(curves) + 2))  # inches: room for every curve's label
+    figure, grid = panels(len(names), columns, COLUMN if columns == 1 else PAGE, height)
+    for axes, name in zip(grid, names, strict=True):
+        drawn = {
+            curve.name: curve.points("accuracy", name, over_tokens=tokens)
+            if name in domains
+            else curve.mean_points("accuracy", over_tokens=tokens)
+            for curve in curves
+        }
+        labels = _lines(axes, curves, drawn, looks)
+        if group.study is not None:
+            labels += _reference_lines(axes, group.study, [name] if name in domains else domains)
+        _finish(axes, name, tokens, "accuracy")
+        label_ends(axes, labels, 7.5)
+    return figure
+
+
+def divergence_figure(group: CurveSet, looks: Looks) -> Any:
+    """Reverse KL to the domain's teacher, a panel per domain."""
+    curves = with_metric(group, "reverse_kl")
+    tokens = over_tokens(curves)
+    domains = _domains(curves, "reverse_kl")
+    columns = min(3, len(domains))
+    figure, grid = panels(len(domains), columns, COLUMN if columns == 1 else PAGE, 1.9, sharey=True)
+    ends = []
+    for index, (axes, domain) in enumerate(zip(grid, domains, strict=True)):
+        drawn = {curve.name: curve.points("reverse_kl", domain, over_tokens=tokens) for curve in curves}
+        ends.append(_lines(axes, curves, drawn, looks))
+        _finish(axes, domain, tokens, "reverse KL (nats per token)" if index % columns == 0 else "")
+        axes.set_yscale("log" if all(point.low > 0 for points in drawn.values() for point in points) else "linear")
+    for index, (axes, labels) in enumerate(zip(grid, ends, strict=True)):
+        if index % columns == columns - 1 or index == len(grid) - 1:
+            label_ends(axes, labels, 7.5)
+    return figure
+
+
+def share_figure(group: CurveSet) -> Any:
+    """Share of the trained tokens of each domain, stacked; a panel per method."""
+    curves = with_metric(group, "token_share")
+    tokens = over_tokens(curves)
+    domains = _domains(curves, "token_share")
+    colours = domain_colours(domains)
+    columns = min(4, len(curves))
+    width = COLUMN if columns == 1 else PAGE
+    figure, grid = panels(len(curves), columns, width, 1.75, sharey=True)
+    for index, (axes, curve) in enumerate(zip(grid, curves, strict=True)):
+        series = {domain: curve.points("token_share", domain, over_tokens=tokens) for domain in domains}
+        x = sorted({point.x for points in series.values() for point in points})
+        by_domain = {domain: {point.x: point.mean for point in points} for domain, points in series.items()}
+        heights = [[by_domain[domain].get(place, 0.0) for place in x] for domain in domains]
+        axes.stackplot(x, heights, colors=[colours[domain] for domain in domains], edgecolor="white", linewidth=0.4)
+        bottom, middle = 0.0, len(x) // 2
+        for domain, row in zip(domains, heights, strict=True):
+            average = sum(row) / len(row)
+            if average > 0.07:
+                axes.annotate(domain, (x[middle], bottom + average / 2), ha="center", va="center", fontsize=7.5)
+            bottom += average
+        axes.set(xlim=(x[0], x[-1]), ylim=(0, 1))
+        _finish(axes, curve.label, tokens, "share of tokens" if index % columns == 0 else "")
+    if len(domains) > 6:
+        from matplotlib.patches import Patch
+
+        handles = [Patch(color=colours[domain], label=domain) for domain in domains]
+        figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    return figure
+
+
+def _reference_lines(axes: Any, study: Study, domains: Sequence[str]) -> list[EndLabel]:
+    """Base and teachers, each on the mean of the domains."""
+    labels = []
+    for accuracy, text, colour in ((study.base_accuracy, "base", BASE), (study.teacher_accuracy, "teacher", TEACHER)):
+        mean = sum(accuracy(domain).mean for domain in domains) / len(domains)
+        if math.isfinite(mean):
+            reference(axes, Estimate(mean=mean), teacher=text == "teacher", vertical=False)
+            labels.append(EndLabel(mean, text, colour))
+    return labels
+
+
+def _domains(curves: Sequence[Curve], metric: str) -> list[str]:
+    return list(dict.fromkeys(domain for curve in curves for domain in curve.domains(metric)))
+
+
+def _lines(axes: Any, curves: Sequence[Curve], drawn: Mapping[str, Sequence[Point]], looks: Looks) -> list[EndLabel]:
+    """Draw the curves with the range of their seeds; returns the labels of their ends."""
+    labels = []
+    for curve in curves:
+        points, look = drawn[curve.name], looks[curve.name]
+        if not points:
+            continue
+        x = [point.x for point in points]
+        axes.plot(x, [point.mean for point in points], color=look.colour, linestyle=look.line, zorder=2.5)
+        if len(curve.logs) > 1:
+            low, high = [point.low for point in points], [point.high for point in points]
+            axes.fill_between(x, low, high, color=look.colour, alpha=0.13, linewidth=0)
+        labels.append(EndLabel(points[-1].mean, curve.label, look.colour))
+    return labels
+
+
+def _finish(axes: Any, title: str, tokens: bool, ylabel: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("generated tokens" if tokens else "steps")
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y")
+    if tokens:
+        axes.xaxis.set_major_formatter(lambda value, _: compact(value))
+    axes.margins(x=0.0)

@@ -1,0 +1,159 @@
+"""`summary.json` -> Study. Whatever is wrong with the file is a ConfigError that names the file and the key."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_mopd.report_page.study import COMPUTE, Estimate, Method, Model, ScalingPoint, Study, Teacher
+from megatron_mopd.yaml_config import ConfigError
+
+VERSION = 1
+_REMEDY = "let `mopd reproduce` or `mopd demo` write it again"
+
+
+def read_summary(folder: Path) -> Study:
+    """The study in `folder`/summary.json. Raises ConfigError: not readable, another version, a key missing or bad."""
+    path = folder / "summary.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file ({error}); {_REMEDY}") from None
+    root = _Node(path, "", content)
+    if root.mapping().get("version") != VERSION:
+        raise ConfigError(f"{path}: version: not {VERSION}, the one this program reads; {_REMEDY}")
+    scaling = root.get("scaling")
+    return Study(
+        source=str(folder),
+        title=root["title"].text(),
+        domains=root["domains"].words(),
+        seeds=root["seeds"].words(),
+        base=_model(root["base"]),
+        teachers=tuple(_teacher(name, node) for name, node in root["teachers"].items()),
+        methods=tuple(_method(name, node, folder) for name, node in root["methods"].items()),
+        scaling=tuple(_scaling_point(node) for node in scaling.elements()) if scaling else (),
+    )
+
+
+def _teacher(name: str, node: _Node) -> Teacher:
+    return Teacher(name=name, domains=node["domain"].words(), model=_model(node), compute=_compute(node))
+
+
+def _method(name: str, node: _Node, folder: Path) -> Method:
+    scores = {domain: entry.get("score") for domain, entry in node["domains"].items()}
+    runs = node.get("runs")
+    return Method(
+        name=name,
+        label=node["label"].text(),
+        family=node["family"].text(),
+        score=_estimate(node["score"]),
+        domain_scores={domain: _estimate(score) for domain, score in scores.items() if score},
+        model=_model(node),
+        compute=_compute(node),
+        runs={seed: _run_folder(entry.text(), folder) for seed, entry in runs.items()} if runs else {},
+    )
+
+
+def _run_folder(written: str, folder: Path) -> Path:
+    """The study may have been moved as a whole: what is inside it is found beside its summary."""
+    inside = folder / written
+    return inside if inside.exists() else Path(written)
+
+
+def _scaling_point(node: _Node) -> ScalingPoint:
+    count = node["teachers"].number()
+    if count < 1 or count != int(count):
+        raise node["teachers"].error("not a number of teachers")
+    return ScalingPoint(
+        method=node["method"].text(),
+        label=node["label"].text(),
+        teachers=int(count),
+        score=_estimate(node["score"]),
+    )
+
+
+def _model(node: _Node) -> Model:
+    perplexity, outside = node.get("perplexity"), node.get("out_of_domain")
+    accuracies = {domain: entry.get("accuracy") for domain, entry in node["domains"].items()}
+    return Model(
+        accuracy={domain: _estimate(entry) for domain, entry in accuracies.items() if entry},
+        perplexity=_estimate(perplexity) if perplexity else None,
+        out_of_domain={name: _estimate(entry) for name, entry in outside.items()} if outside else {},
+    )
+
+
+def _compute(node: _Node) -> dict[str, float]:
+    compute = node.get("compute")
+    entries = {key: compute.get(key) for key in COMPUTE} if compute else {}
+    return {key: entry.number() for key, entry in entries.items() if entry}
+
+
+def _estimate(node: _Node) -> Estimate:
+    interval, seeds = node.get("interval"), node.get("per_seed")
+    mean = node.get("mean")
+    bounds = [bound.number() for bound in interval.elements()] if interval else None
+    if interval and bounds is not None and (len(bounds) != 2 or not bounds[0] <= bounds[1]):
+        raise interval.error("not [low, high]")
+    return Estimate(
+        mean=mean.number() if mean else math.nan,
+        interval=(bounds[0], bounds[1]) if bounds else None,
+        per_seed={seed: value.number() for seed, value in seeds.items() if value.value is not None} if seeds else {},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A value of the file, and where it stands."""
+
+    path: Path
+    key: str
+    value: Any
+
+    def error(self, what: str) -> ConfigError:
+        return ConfigError(f"{self.path}: {self.key or 'top level'}: {what}; {_REMEDY}")
+
+    def mapping(self) -> Mapping[str, Any]:
+        if not isinstance(self.value, dict):
+            raise self.error("not a mapping")
+        return self.value
+
+    def _child(self, key: str, value: Any) -> _Node:
+        return _Node(self.path, f"{self.key}.{key}" if self.key else key, value)
+
+    def __getitem__(self, key: str) -> _Node:
+        if key not in self.mapping():
+            raise self._child(key, None).error("missing")
+        return self._child(key, self.value[key])
+
+    def get(self, key: str) -> _Node | None:
+        """None where the key is missing or null."""
+        return self[key] if self.mapping().get(key) is not None else None
+
+    def items(self) -> Iterator[tuple[str, _Node]]:
+        return ((key, self._child(key, value)) for key, value in self.mapping().items())
+
+    def elements(self) -> Iterator[_Node]:
+        if not isinstance(self.value, list):
+            raise self.error("not a list")
+        return (self._child(str(index), value) for index, value in enumerate(self.value))
+
+    def text(self) -> str:
+        if not isinstance(self.value, str):
+            raise self.error("not a string")
+        return self.value
+
+    def words(self) -> tuple[str, ...]:
+        """Of a list of strings or integers, or of one string."""
+        entries = [self.value] if isinstance(self.value, str) else [node.value for node in self.elements()]
+        if not all(isinstance(entry, str | int) for entry in entries):
+            raise self.error("not a list of words")
+        return tuple(str(entry) for entry in entries)
+
+    def number(self) -> float:
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+            raise self.error("not a number")
+        return float(self.value)

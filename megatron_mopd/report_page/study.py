@@ -1,0 +1,102 @@
+"""What a comparison of methods found: the data of a `summary.json`, as `mopd reproduce` and `mopd demo` write it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+COMPUTE = {
+    "generated_tokens": "generated tokens",
+    "trained_tokens": "trained tokens",
+    "teacher_tokens": "teacher tokens",
+    "seconds": "seconds",
+}
+"""Key of a compute record in `summary.json` -> how it is called on the page."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over seeds with its 95% interval."""
+
+    mean: float
+    """nan: not measured, or not defined (a teacher that does not lead its base)."""
+    interval: tuple[float, float] | None = None
+    """(low, high); None with one seed."""
+    per_seed: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.mean)
+
+
+UNKNOWN = Estimate(mean=math.nan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that was evaluated: domain -> accuracy in [0, 1]; what was not measured is not in it."""
+
+    accuracy: Mapping[str, Estimate]
+    perplexity: Estimate | None = None
+    """Of held-out text, e^(nats per token)."""
+    out_of_domain: Mapping[str, Estimate] = field(default_factory=dict)
+    """Task that no method trained on -> accuracy in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    name: str
+    domains: tuple[str, ...]
+    """Those that the student learns from it."""
+    model: Model
+    compute: Mapping[str, float]
+    """Key of COMPUTE -> mean over seeds; what is not known is not in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    name: str
+    label: str
+    family: str
+    """merge | rl | off_policy | mopd: decides the colour."""
+    score: Estimate
+    """Normalised, mean over the domains: 0 is the base, 1 the teachers."""
+    domain_scores: Mapping[str, Estimate]
+    model: Model
+    compute: Mapping[str, float]
+    """Its own cost; the teachers' training is with the teachers."""
+    runs: Mapping[str, Path]
+    """Seed -> folder of its run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingPoint:
+    method: str
+    label: str
+    teachers: int
+    score: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    source: str
+    """The folder as the user named it."""
+    title: str
+    domains: tuple[str, ...]
+    seeds: tuple[str, ...]
+    base: Model
+    teachers: tuple[Teacher, ...]
+    methods: tuple[Method, ...]
+    scaling: tuple[ScalingPoint, ...]
+
+    def teacher_accuracy(self, domain: str) -> Estimate:
+        """Accuracy of the domain's own teacher on the domain; UNKNOWN without one."""
+        for teacher in self.teachers:
+            if domain in teacher.domains:
+                return teacher.model.accuracy.get(domain, UNKNOWN)
+        return UNKNOWN
+
+    def base_accuracy(self, domain: str) -> Estimate:
+        return self.base.accuracy.get(domain, UNKNOWN)
