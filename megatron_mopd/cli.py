@@ -55,6 +55,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         cli_text.EXPORT,
         cli_text.EXPORT_EPILOG,
     )
+    sample = _command(
+        commands,
+        "sample CONFIG --out FILE",
+        _sample,
+        "the teachers' answers -> dataset",
+        cli_text.SAMPLE,
+        cli_text.SAMPLE_EPILOG,
+    )
     demo = _command(
         commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
     )
@@ -69,14 +77,6 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     benchmark.add_argument("name", metavar="NAME", help="aime25, aime26, ifeval, ifbench or swe_bench_verified")
     benchmark.add_argument("--from", metavar="FILE", dest="origin", required=True, help="or hub:OWNER/NAME:SPLIT")
     benchmark.add_argument("--out", metavar="FILE", required=True, help="JSONL file to write; must not exist")
-    sample = _command(
-        commands,
-        "sample CONFIG --out FILE",
-        _sample,
-        "the teachers' answers",
-        cli_text.SAMPLE,
-        cli_text.SAMPLE_EPILOG,
-    )
     for command in (run, evaluate, export, sample):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
