@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_mopd import __version__, cli_text
-from megatron_mopd.config import RunConfig, load_config
+from megatron_mopd.config import RunConfig, Split, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
-from megatron_mopd.launch import launch
+from megatron_mopd.launch import Outcome, launch
 from megatron_mopd.metrics import check_log
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
@@ -55,6 +55,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         cli_text.EXPORT,
         cli_text.EXPORT_EPILOG,
     )
+    sample = _command(
+        commands,
+        "sample CONFIG --out FILE",
+        _sample,
+        "the teachers' answers -> dataset",
+        cli_text.SAMPLE,
+        cli_text.SAMPLE_EPILOG,
+    )
     demo = _command(
         commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
     )
@@ -78,11 +86,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     benchmark.add_argument("name", metavar="NAME", help="aime25, aime26, ifeval, ifbench or swe_bench_verified")
     benchmark.add_argument("--from", metavar="FILE", dest="origin", required=True, help="or hub:OWNER/NAME:SPLIT")
     benchmark.add_argument("--out", metavar="FILE", required=True, help="JSONL file to write; must not exist")
-    for command in (run, evaluate, export):
+    for command in (run, evaluate, export, sample):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
         command.add_argument("--checkpoint", metavar="DIR", required=True, help="of this program, or Hugging Face")
     export.add_argument("--hf", metavar="OUT", required=True, help="folder to write; must not exist or be empty")
+    evaluate.add_argument("--split", choices=get_args(Split), default="held_out", help="default: %(default)s")
+    sample.add_argument("--out", metavar="FILE", required=True, help="dataset to write; must not exist")
+    sample.add_argument("--keep", choices=("all", "correct"), default="all", help="default: %(default)s")
     demo.add_argument("--config-dir", metavar="DIR", default="configs/tiny", help="default: %(default)s")
     demo.add_argument("--run-dir", metavar="DIR", default="runs/demo", help="default: %(default)s")
     # key=value may stand anywhere, also after options, where argparse would not take a list of positionals.
@@ -141,8 +152,11 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(arguments.config, overrides)
     from megatron_mopd import preflight
 
-    preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel))
-    outcome = launch(config, _evaluate_rank, arguments.checkpoint)
+    preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel), arguments.split)
+    return _print_result(launch(config, _evaluate_rank, arguments.checkpoint, arguments.split))
+
+
+def _print_result(outcome: Outcome) -> int:
     joined = joined_world()
     if outcome.result is not None and (joined is None or joined[0] == 0):
         print(json.dumps(outcome.result, indent=2))
@@ -169,6 +183,17 @@ def _reproduce(arguments: argparse.Namespace, overrides: list[str]) -> int:
         tune=arguments.tune,
     )
     return reproduce(arguments.config, overrides, options)
+
+
+def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_config(arguments.config, overrides)
+    from megatron_mopd import preflight
+    from megatron_mopd.sample import check_sampling, sampling_config
+
+    check_sampling(config, Path(arguments.out), arguments.keep)
+    config = sampling_config(config)
+    preflight.check(config, world_size(config.parallel))
+    return _print_result(launch(config, _sample_rank, arguments.out, arguments.keep))
 
 
 def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -199,10 +224,16 @@ def _train_rank(config: RunConfig) -> None:
     train(config)
 
 
-def _evaluate_rank(config: RunConfig, checkpoint: str) -> dict[str, float]:
-    from megatron_mopd.evaluate import evaluate_checkpoints
+def _sample_rank(config: RunConfig, out: str, keep: str) -> dict[str, Any]:
+    from megatron_mopd.sample import sample
 
-    return evaluate_checkpoints(config, {"--checkpoint": checkpoint})["--checkpoint"]
+    return sample(config, out, keep)  # type: ignore[arg-type]
+
+
+def _evaluate_rank(config: RunConfig, checkpoint: str, split: Split) -> dict[str, Any]:
+    from megatron_mopd.evaluation import evaluate_checkpoints
+
+    return evaluate_checkpoints(config, {"--checkpoint": checkpoint}, split)["--checkpoint"].as_json()
 
 
 if __name__ == "__main__":

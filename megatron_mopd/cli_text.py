@@ -47,13 +47,20 @@ examples:
 
 EVAL = """\
 Answer the held-out prompts of CONFIG's domains with the model of a checkpoint, verify the answers, and print
-the accuracy per domain as JSON. The prompts depend on `evaluation.seed` only: checkpoints can be compared.
+as JSON, per domain: the accuracy (mean over `evaluation.samples` answers a prompt, avg@n), its standard error
+clustered by prompt, and pass@k for each k of `evaluation.pass_at`. Temperature 0 is greedy decoding.
+
+The prompts depend on `evaluation.seed` only, so that checkpoints can be compared; training never sees them.
+`--split validation` takes the `evaluation.validation_prompts` for choosing hyper-parameters instead. Also
+evaluated, where CONFIG names them: `evaluation.benchmarks`, `evaluation.out_of_domain` (tasks that no domain
+trains), and `evaluation.perplexity` (a file of texts).
 """
 
 EVAL_EPILOG = """\
 examples:
   mopd eval configs/tiny/mopd.yaml --checkpoint runs/mopd/checkpoints/latest
-  mopd eval configs/tiny/mopd.yaml --checkpoint models/my-hf-model evaluation.prompts=1000
+  mopd eval configs/tiny/mopd.yaml --checkpoint my-hf-model evaluation.samples=4 evaluation.pass_at=[1,4]
+  mopd eval CONFIG --checkpoint runs/mopd/checkpoints/latest --split validation
 """
 
 EXPORT = """\
@@ -114,4 +121,16 @@ BENCHMARK_EPILOG = """\
 examples:
   mopd benchmark ifeval --from input_data.jsonl --out data/ifeval.jsonl
   mopd benchmark aime25 --from hub:math-ai/aime25:test --out data/aime25.jsonl
+"""
+
+SAMPLE = """\
+Let every teacher answer its domains' training prompts and write the answers to a file that `rollout.engine: dataset`
+learns from: the off-policy baselines. CONFIG is the file of a mopd run; steps x prompts_per_step prompts are
+answered rollout.samples_per_prompt times each.
+"""
+
+SAMPLE_EPILOG = """\
+examples:
+  mopd sample configs/tiny/off_policy_kl.yaml --out runs/tiny/teacher_answers.jsonl
+  mopd sample configs/tiny/mopd.yaml --out answers.jsonl --keep correct rollout.samples_per_prompt=4
 """

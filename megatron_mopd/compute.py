@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_mopd.domains.dataset import read_cost
 from megatron_mopd.metrics import read_records
 from megatron_mopd.types import Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -45,12 +46,16 @@ def token_metrics(rollouts: Sequence[Rollout], *, generated: int, has_teachers: 
     return {f"tokens/{name}": float(count) for name, count in zip(TOKENS, counts, strict=True)}
 
 
-def read_compute(run_dir: Path) -> Compute:
-    """The sums over a run's metrics.jsonl, which has every step once however often the run was resumed.
+def read_compute(run: Path) -> Compute:
+    """Of a run's folder: the sums over metrics.jsonl, which has every step once however often the run was resumed.
+    Of a file of `mopd sample`: what its answers cost.
 
     Raises ConfigError for a folder that is no run's, and for a run of a version that did not count tokens.
     """
-    path = Path(run_dir) / "metrics.jsonl"
+    if run.is_file():
+        cost = read_cost(run)
+        return Compute(generated_tokens=cost.generated_tokens, seconds=cost.seconds)
+    path = run / "metrics.jsonl"
     if not path.exists():
         raise ConfigError(f"{path}: no such file; name the folder of a run that has begun")
     total = Compute()

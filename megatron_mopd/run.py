@@ -13,7 +13,8 @@ import torch
 from megatron_mopd.compute import token_metrics
 from megatron_mopd.config import RunConfig, save_config
 from megatron_mopd.domains.mixer import DomainMixer
-from megatron_mopd.evaluate import evaluate
+from megatron_mopd.evaluation.evaluate import evaluate
+from megatron_mopd.evaluation.results import score_metrics
 from megatron_mopd.metrics import MetricLog, PhaseTimer
 from megatron_mopd.packing import pack_step
 from megatron_mopd.parallel.runtime import start_world, stop_world
@@ -23,6 +24,7 @@ from megatron_mopd.rollout.answers import ReferenceAnswers
 from megatron_mopd.rollout.collect import Collector, rollout_metrics
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.in_process import InProcessEngine
+from megatron_mopd.rollout.stored_answers import StoredAnswers
 from megatron_mopd.run_identity import check_same_run, run_identity
 from megatron_mopd.run_lock import lock_run_folder
 from megatron_mopd.student import checkpoint
@@ -30,7 +32,7 @@ from megatron_mopd.student.student import Student
 from megatron_mopd.student.weight_stream import export_hf
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.divergence import check_initial_divergence
-from megatron_mopd.teachers.manifest import check_same_teachers, teacher_manifest
+from megatron_mopd.teachers.manifest import check_same_teachers, teacher_manifest, teacher_weights
 from megatron_mopd.types import MicroBatch, Rollout, UpdateReport
 
 
@@ -44,18 +46,21 @@ class Run:
         self.world = start_world(config.parallel, config.seed)
         self.timer = PhaseTimer(torch.cuda.synchronize if self.world.device.type == "cuda" else None)
         self._lock = self.world.on_main(lambda: lock_run_folder(self.folder))
-        self.mixer = DomainMixer(config, self.inputs.tokenizer)
+        self.mixer = DomainMixer(config, self.inputs.tokenizer, self.inputs.dataset)
         self.teachers = TeacherBank(config, self.inputs.teachers, self.world)
         self._teacher_manifest = teacher_manifest(config, self.inputs, self.world)
+        self._identity = run_identity(config, self.inputs.tokenizer, self.inputs.dataset)
+        if self.inputs.dataset is not None:
+            self.inputs.dataset.check_teachers(teacher_weights(config, self._teacher_manifest))
         latest = checkpoint.find_latest(self.folder)
         self.student = Student(config, self.inputs.arch, self.world, self.inputs.weights)
         self.first_step = self._resume(latest) if latest else 0
-        self.engine = self._engine(reads_answers=config.stage == "sft")
+        self.engine = self._training_engine()
         self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world)
-        # `sft` never samples for training, but to be evaluated.
-        own_sampler = config.stage == "sft" and config.evaluation.every > 0
-        self._sampler = self._engine(reads_answers=False) if own_sampler else self.engine
-        self._evaluator = Collector(config, self.mixer, self._sampler, self.inputs.tokenizer, self.world)
+        # Where answers are looked up, the student samples only to be evaluated or measured.
+        own_sampler = not config.generates and (config.evaluation.every > 0 or config.stage == "mopd")
+        self._sampler = self._sampling_engine() if own_sampler else self.engine
+        self.evaluator = Collector(config, self.mixer, self._sampler, self.inputs.tokenizer, self.world)
         self.engine.load_weights(self.student.hf_weights(), version=self.student.num_updates)
 
     def __enter__(self) -> Self:
@@ -140,7 +145,7 @@ class Run:
     def save(self, steps_done: int) -> None:
         """Checkpoint everything that the rest of the run depends on. Collective."""
         state = {
-            "run": run_identity(self.config, self.inputs.tokenizer),
+            "run": self._identity,
             "num_updates": self.student.num_updates,
             "mixer": self.mixer.state_dict(),
             "teachers": self._teacher_manifest,
@@ -160,30 +165,36 @@ class Run:
 
     def _resume(self, path: Path) -> int:
         manifest = checkpoint.read_manifest(path)
-        check_same_run(manifest.state["run"], run_identity(self.config, self.inputs.tokenizer), path)
+        check_same_run(manifest.state["run"], self._identity, path)
         check_same_teachers(manifest.state["teachers"], self._teacher_manifest, path)
         checkpoint.load(path, self.student.ddp, self.student.optimizer, self.world)
         self.student.num_updates = manifest.state["num_updates"]
         self.mixer.load_state_dict(manifest.state["mixer"])
         return manifest.step
 
-    def _engine(self, reads_answers: bool) -> RolloutEngine:
-        tokenizer = self.inputs.tokenizer
-        if reads_answers:
-            return ReferenceAnswers(tokenizer)
+    def _training_engine(self) -> RolloutEngine:
+        if self.config.rollout.engine == "dataset":
+            return StoredAnswers()
+        return ReferenceAnswers(self.inputs.tokenizer) if self.config.reads_answers else self._sampling_engine()
+
+    def _sampling_engine(self) -> RolloutEngine:
         return InProcessEngine(
             self.inputs.arch,
-            stop_ids=tokenizer.stop_ids,
+            stop_ids=self.inputs.tokenizer.stop_ids,
             dtype=getattr(torch, self.config.model.dtype),
             device=self.world.device,
             batch_size=self.config.rollout.batch_size,
         )
 
+    def refresh_evaluator(self) -> None:
+        """Give `evaluator` the student's weights, where it has an engine of its own. Collective."""
+        if self._sampler is not self.engine:
+            self._sampler.load_weights(self.student.hf_weights(), version=self.student.num_updates)
+
     def _evaluate(self, steps_done: int) -> None:
         """Accuracy on the held-out prompts, into the log at the step that was just done."""
         if not self.config.evaluation.every:
             return
-        if self._sampler is not self.engine:
-            self._sampler.load_weights(self.student.hf_weights(), version=self.student.num_updates)
-        accuracy = evaluate(self.config, self.mixer, self._evaluator)
-        self.log.step(steps_done, {f"accuracy/{name}": value for name, value in accuracy.items()}, kind="eval")
+        self.refresh_evaluator()
+        scores = evaluate(self.config, self.mixer, self.evaluator)
+        self.log.step(steps_done, score_metrics(scores), kind="eval")

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mopd.config import RunConfig
+from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.yaml_config import ConfigError, to_tree
 
 
-def run_identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def run_identity(config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | None = None) -> dict[str, Any]:
     """Plain values, for JSON. How fast and how long to train (steps, optim, parallel, log, ...) may change."""
+    evaluation = {"seed": config.evaluation.seed, "prompts": config.evaluation.prompts}
+    if config.evaluation.validation_prompts:  # named only where used: older checkpoints do not know it
+        evaluation["validation_prompts"] = config.evaluation.validation_prompts
     return {
         "stage": config.stage,
         "seed": config.seed,
@@ -22,8 +26,9 @@ def run_identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         # One domain after another: how many steps there are says whose turn it is.
         **({"steps": config.steps} if config.domain_schedule == "sequential" else {}),
         "objective": to_tree(config.objective),
-        "rollout": to_tree(config.rollout),
-        "evaluation": {"seed": config.evaluation.seed, "prompts": config.evaluation.prompts},
+        # A dataset is its contents: the file may move.
+        "rollout": to_tree(config.rollout) | {"dataset": dataset.fingerprint if dataset else None},
+        "evaluation": evaluation,
         "vocabulary": tokenizer.fingerprint.vocab_hash,
         "chat_template": tokenizer.fingerprint.template_hash,
     }

@@ -38,6 +38,8 @@ class Prompt:
     answer: str
     """Reference answer; the response of the `sft` stage, the truth for the verifier."""
     max_response_tokens: int
+    question: str = ""
+    """Hash of the question: the same in every domain and file."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """The source's own entry (question, answer, metadata): what a task's own scorer needs."""
 

@@ -7,17 +7,16 @@ dataset of any size needs a few bytes of memory an answer.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_mopd.compute import Compute
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import FinishReason, Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -62,6 +61,8 @@ class StoredAnswer:
     domain: str
     id: str
     """The prompt's id in the run that sampled it."""
+    question: str
+    """`Prompt.question`: tells whether it is one to evaluate on."""
     sample: int
     prompt: list[int]
     """Token ids."""
@@ -75,6 +76,7 @@ class StoredAnswer:
         return cls(
             domain=rollout.domain,
             id=rollout.prompt.id,
+            question=rollout.prompt.question,
             sample=rollout.sample,
             prompt=rollout.prompt.token_ids.tolist(),
             response=rollout.response_ids.tolist(),
@@ -110,7 +112,7 @@ class DatasetWriter:
         os.replace(self._partial, self._path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(path: Path, origin: Origin) -> Iterator[DatasetWriter]:
     """A new dataset at `path`, there once it is finished. Raises ConfigError when the file cannot be written."""
     partial = path.with_name(path.name + ".partial")
@@ -121,6 +123,9 @@ def writing(path: Path, origin: Origin) -> Iterator[DatasetWriter]:
             yield DatasetWriter(file, path, partial)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}; choose another file or free space") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +137,9 @@ class _Place:
 class Dataset:
     """A dataset file that was read once and found good. `fingerprint` is of its contents, without the footer."""
 
-    def __init__(
-        self, path: Path, origin: Origin, cost: Cost, fingerprint: str, places: Mapping[str, list[_Place]]
-    ):
+    def __init__(self, path: Path, origin: Origin, cost: Cost, fingerprint: str, places: Mapping[str, list[_Place]]):
         self.path, self.origin, self.cost, self.fingerprint = path, origin, cost, fingerprint
         self._places = places
-        self._file = path.open("rb")
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> Dataset:
@@ -171,8 +173,12 @@ class Dataset:
     def answer(self, domain: str, index: int) -> StoredAnswer:
         """Raises ConfigError when the file is not what it was when it was loaded."""
         place = self._places[domain][index]
-        self._file.seek(place.offset)
-        raw = self._file.readline()
+        try:
+            with self.path.open("rb") as file:
+                file.seek(place.offset)
+                raw = file.readline()
+        except OSError as error:
+            raise ConfigError(f"rollout.dataset: {self.path}: {error.strerror}; restore it and resume") from None
         if zlib.crc32(raw) != place.checksum:
             raise ConfigError(f"rollout.dataset: {self.path} was changed while the run reads it; restore it and resume")
         return StoredAnswer(**json.loads(raw))
@@ -180,7 +186,11 @@ class Dataset:
     def check(self, domains: Mapping[str, object], tokenizer: Tokenizer) -> None:
         """Raise ConfigError unless the answers are in the student's tokens and every domain has some."""
         own = origin_of(tokenizer, {}, "")
-        for name, what in (("vocabulary", "vocabulary"), ("chat_template", "chat template"), ("stop_ids", "stop tokens")):
+        for name, what in (
+            ("vocabulary", "vocabulary"),
+            ("chat_template", "chat template"),
+            ("stop_ids", "stop tokens"),
+        ):
             if getattr(own, name) != getattr(self.origin, name):
                 raise ConfigError(
                     f"rollout.dataset: {self.path} was written with another tokenizer than the student's: the {what} "
@@ -200,19 +210,18 @@ class Dataset:
             stored = self.origin.teachers.get(domain, "")
             if stored != found:
                 raise ConfigError(
-                    f"rollout.dataset: {self.path}: domain '{domain}' was answered by weights {stored[:12]}, its teacher "
-                    f"now has {found[:12]}; {SAMPLE_AGAIN}"
+                    f"rollout.dataset: {self.path}: domain '{domain}' was answered by weights {stored[:12]}, its "
+                    f"teacher has {found[:12]}; {SAMPLE_AGAIN}"
                 )
 
 
-def read_cost(path: Path) -> Compute:
-    """What sampling the dataset has cost, from its last line. Raises ConfigError for an incomplete file."""
+def read_cost(path: Path) -> Cost:
+    """The footer. Raises ConfigError for an incomplete file."""
     *_, last = _lines(path)
     line = _parse(last, str(path))
     if "cost" not in line:
         raise ConfigError(f"{path} is incomplete (no last line); {SAMPLE_AGAIN}")
-    cost = _fill(Cost, line["cost"], str(path))
-    return Compute(generated_tokens=cost.generated_tokens, seconds=cost.seconds)
+    return _fill(Cost, line["cost"], str(path))
 
 
 def parse_answer(line: Mapping[str, Any], where: str, vocab_size: int) -> StoredAnswer:
@@ -225,8 +234,9 @@ def parse_answer(line: Mapping[str, Any], where: str, vocab_size: int) -> Stored
         if min(ids) < 0 or max(ids) >= vocab_size:
             bad = next(token for token in ids if not 0 <= token < vocab_size)
             raise ConfigError(f'{where}: token {bad} of "{name}" is outside the vocabulary of {vocab_size}')
-    if not isinstance(answer.domain, str) or not isinstance(answer.id, str):
-        raise ConfigError(f'{where}: "domain" and "id" must be strings')
+    for name in ("domain", "id", "question"):
+        if not isinstance(getattr(answer, name), str):
+            raise ConfigError(f'{where}: "{name}" must be a string, got {getattr(answer, name)!r}')
     if answer.finish_reason not in ("stop", "length"):
         raise ConfigError(f'{where}: "finish_reason" must be stop or length, got {answer.finish_reason!r}')
     if isinstance(answer.reward, bool) or not isinstance(answer.reward, int | float) or not 0 <= answer.reward <= 1:

@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_mopd.config import RunConfig
+from megatron_mopd.config import DomainSpec, RunConfig
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.domains.verifiers import group_advantages, verify
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.rollout.engine import RolloutEngine, Sampling
+from megatron_mopd.rollout.stored_answers import StoredAnswers
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Prompt, Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -28,6 +29,7 @@ class Collector:
     def __init__(
         self, config: RunConfig, mixer: DomainMixer, engine: RolloutEngine, tokenizer: Tokenizer, world: World
     ):
+        """Rollouts of `StoredAnswers` keep the reward that they come with."""
         self._config = config
         self._mixer = mixer
         self._engine = engine
@@ -66,9 +68,18 @@ class Collector:
         return kept
 
     def sample(
-        self, prompts: Sequence[Prompt], *, seed: int, samples: int | None = None, sampling: Sampling | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        samples: int | None = None,
+        sampling: Sampling | None = None,
+        domains: Mapping[str, DomainSpec] | None = None,
     ) -> list[Rollout]:
-        """Verified rollouts of `prompts`, in their order, on every rank. Collective."""
+        """Verified rollouts of `prompts`, in their order, on every rank. Collective.
+
+        `domains` says how to verify prompts that are of none of the configuration's domains.
+        """
         spec = self._config.rollout
         sampling = sampling or Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k)
         own = range(self._world.rank, len(prompts), self._world.size)
@@ -78,8 +89,10 @@ class Collector:
             sampling=sampling,
             seed=seed,
         )
+        if isinstance(self._engine, StoredAnswers):
+            return _share(rollouts, None, prompts, self._world)
         try:
-            rollouts, problem = verify(rollouts, self._config, self._tokenizer), None
+            rollouts, problem = verify(rollouts, domains or self._config.domains, self._tokenizer), None
         except ConfigError as error:  # of one rank's prompt: the others must hear of it, not wait for it
             rollouts, problem = [], str(error)
         return _share(rollouts, problem, prompts, self._world)

@@ -29,7 +29,8 @@ def check_initial_divergence(run: Run) -> None:
                 f"check {teacher.checkpoint}, or set allow_identical_teacher=true"
             )
     prompts = [p for name in config.domains for p in run.mixer.held_out(name)[:PROMPTS_PER_DOMAIN]]
-    batches = run.pack(run.collector.sample(prompts, seed=config.evaluation.seed, samples=1))
+    run.refresh_evaluator()
+    batches = run.pack(run.evaluator.sample(prompts, seed=config.evaluation.seed, samples=1))
     measured = run.student.measure(batches, run.teachers.score(batches), run.teachers.heads())
     own = score(run.student.model, batches, run.student.arch.vocab_size, world, config.objective)
     heads = {name: output_weight(run.student.model) for name in config.teachers} if world.is_last_stage else {}

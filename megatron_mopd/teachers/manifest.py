@@ -31,6 +31,11 @@ def teacher_manifest(config: RunConfig, inputs: Inputs, world: World) -> dict[st
     }
 
 
+def teacher_weights(config: RunConfig, manifest: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """domain -> hash of its teacher's weights; {} without teachers."""
+    return {name: manifest[spec.teacher]["weights"] for name, spec in config.domains.items() if spec.teacher}
+
+
 def check_same_teachers(
     saved: Mapping[str, Mapping[str, Any]], current: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:

@@ -1,0 +1,127 @@
+"""`mopd sample`: what every teacher answers to its domains' training prompts, as a dataset to learn from off-policy."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_mopd.config import RunConfig
+from megatron_mopd.domains.dataset import Cost, DatasetWriter, StoredAnswer, origin_of, writing
+from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.domains.verifiers import FULL_SCORE
+from megatron_mopd.parallel.runtime import World, start_world, stop_world
+from megatron_mopd.preflight import Inputs, resolve_inputs
+from megatron_mopd.progress import Progress
+from megatron_mopd.rollout.collect import Collector
+from megatron_mopd.rollout.in_process import InProcessEngine
+from megatron_mopd.student.architecture import Architecture
+from megatron_mopd.student.hf_files import TensorReader, read_headers
+from megatron_mopd.student.weight_table import model_tensors
+from megatron_mopd.teachers.manifest import teacher_manifest, teacher_weights
+from megatron_mopd.types import Rollout
+from megatron_mopd.yaml_config import ConfigError
+
+Keep = Literal["all", "correct"]
+
+
+def sampling_config(config: RunConfig) -> RunConfig:
+    """`config` as it is sampled for: the run that reads the dataset may be given, its prompts are the same."""
+    rollout = replace(config.rollout, engine="in_process", dataset=None)
+    return replace(config, rollout=rollout)
+
+
+def check_sampling(config: RunConfig, out: Path, keep: Keep) -> None:
+    """Raise ConfigError for what would stop `mopd sample` before `preflight.check` looks at the rest."""
+    if config.stage != "mopd":
+        raise ConfigError(f"stage: '{config.stage}' has no teachers to sample from; use the file of a mopd run")
+    if config.steps == 0:
+        raise ConfigError("steps: 0 steps have no prompts; steps x prompts_per_step prompts are sampled")
+    if out.exists():
+        raise ConfigError(f"--out {out}: exists; delete it, or name another file")
+    for name, domain in config.domains.items():
+        if keep == "correct" and domain.verifier == "none":
+            raise ConfigError(f"domains.{name}.verifier: 'none' cannot tell correct answers; use --keep all")
+
+
+def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
+    """Write `steps * prompts_per_step` prompts' answers to `out` and return a summary. Called on every rank.
+
+    Every prompt of the run is answered by the teacher of its domain, `rollout.samples_per_prompt` times, with the
+    run's sampling. One teacher after another, so that one is in memory at a time.
+    """
+    world = start_world(config.parallel, config.seed)
+    inputs = resolve_inputs(config)
+    weights = teacher_weights(config, teacher_manifest(config, inputs, world))
+    answers = _answers(config, inputs, world)
+    if not world.is_main:
+        for _ in answers:
+            pass
+        stop_world()
+        return {}
+    with writing(Path(out), origin_of(inputs.tokenizer, weights, keep)) as writer:
+        cost = _write(answers, writer, keep)
+        for name in config.domains:
+            if cost.left_out[name] == cost.sampled[name]:
+                raise ConfigError(f"domains.{name}: none of {cost.sampled[name]} answers is correct; use --keep all")
+        writer.finish(cost)
+    stop_world()
+    return {"dataset": out, "answers": cost.answers, "sampled": cost.sampled, "left_out": cost.left_out,
+            "generated_tokens": cost.generated_tokens, "seconds": cost.seconds}  # fmt: skip
+
+
+def _write(answers: Iterator[Sequence[Rollout]], writer: DatasetWriter, keep: Keep) -> Cost:
+    started, tokens = time.monotonic(), 0
+    sampled: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    for rollouts in answers:
+        for rollout in rollouts:
+            sampled[rollout.domain] += 1
+            tokens += int(rollout.loss_mask.sum())
+            if keep == "correct" and rollout.reward < FULL_SCORE:
+                left_out[rollout.domain] += 1
+            else:
+                writer.write(StoredAnswer.of(rollout))
+    return Cost(
+        answers=sampled.total() - left_out.total(),
+        sampled=dict(sampled),
+        left_out={name: left_out[name] for name in sampled},
+        generated_tokens=tokens,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _answers(config: RunConfig, inputs: Inputs, world: World) -> Iterator[list[Rollout]]:
+    """The verified answers of every teacher, a step's prompts at a time, alike on every rank. Collective."""
+    done = 0
+    with Progress("sample", total=len(config.teachers) * config.steps, rank=world.rank) as progress:
+        for name, (arch, folder) in inputs.teachers.items():
+            engine = InProcessEngine(
+                arch,
+                stop_ids=inputs.tokenizer.stop_ids,
+                dtype=getattr(torch, config.model.dtype),
+                device=world.device,
+                batch_size=config.rollout.batch_size,
+            )
+            engine.load_weights(_tensors(arch, folder), version=0)
+            # Read from the start for every teacher: rendering prompts again is cheaper than keeping them all.
+            mixer = DomainMixer(config, inputs.tokenizer)
+            collector = Collector(config, mixer, engine, inputs.tokenizer, world)
+            for step in range(config.steps):
+                prompts = mixer.draw(config.prompts_per_step, step)
+                own = [prompt for prompt in prompts if config.domains[prompt.domain].teacher == name]
+                yield collector.sample(own, seed=config.seed * 1_000_003 + step) if own else []
+                done += 1
+                progress.update(done, {})
+
+
+def _tensors(arch: Architecture, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    with TensorReader(read_headers(folder)) as reader:
+        for tensor in model_tensors(arch):
+            yield tensor.name, reader[tensor.name][:]
