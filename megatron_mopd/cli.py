@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mopd import __version__
+from megatron_mopd.cli_text import MERGE, MERGE_EPILOG
 from megatron_mopd.config import RunConfig, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
 from megatron_mopd.launch import launch
+from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.metrics import check_log
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
@@ -133,6 +135,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         EXPORT_EPILOG,
     )
     demo = _command(commands, "demo", _demo, "all of it, small, on this machine's cores", DEMO, DEMO_EPILOG)
+    merge = _command(commands, "merge CONFIG", _merge, "several checkpoints -> one model", MERGE, MERGE_EPILOG)
+    merge.add_argument("config", metavar="CONFIG", help="YAML file of the merge")
     for command in (run, evaluate, export):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
@@ -201,6 +205,14 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     export(config, arguments.checkpoint, Path(arguments.hf))
     print(arguments.hf)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_merge_config(arguments.config, overrides)
+    from megatron_mopd.merge.run import run_merge
+
+    print(run_merge(config, say=lambda line: print(line, file=sys.stderr)))
     return 0
 
 
