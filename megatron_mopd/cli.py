@@ -13,6 +13,7 @@ from megatron_mopd import __version__, cli_text
 from megatron_mopd.config import RunConfig, Split, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
 from megatron_mopd.launch import Outcome, launch
+from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.metrics import check_log
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
@@ -66,6 +67,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     demo = _command(
         commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
     )
+    merge = _command(
+        commands, "merge CONFIG", _merge, "several checkpoints -> one model", cli_text.MERGE, cli_text.MERGE_EPILOG
+    )
+    merge.add_argument("config", metavar="CONFIG", help="YAML file of the merge")
     compare = _command(
         commands,
         "reproduce CONFIG",
@@ -169,6 +174,14 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     export(config, arguments.checkpoint, Path(arguments.hf))
     print(arguments.hf)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_merge_config(arguments.config, overrides)
+    from megatron_mopd.merge.run import run_merge
+
+    print(run_merge(config, say=lambda line: print(line, file=sys.stderr)))
     return 0
 
 
