@@ -97,10 +97,6 @@ the letters in the magazine, and False otherwise.
 Each letter in the magazine string can only be used once in your ransom note.
 
 Ransom note: """
-LEG_RULES = """\
-Your task is to count how many legs there are in total when given a list of animals.
-
-Now, how many legs are there in total if you have """
 SCALING_PHRASES = (
     *PHRASES,
     SPIRAL_RULES,
@@ -111,7 +107,6 @@ SCALING_PHRASES = (
     ", ",
     NOTE_RULES,
     "\nMagazine: ",
-    LEG_RULES,
     "True",
     "False",
     "Keep all numbers larger than ",
@@ -127,11 +122,7 @@ SCALING_PHRASES = (
     'How many times does the letter "',
     '" appear in the text: "',
     '"?',
-    "Solve for ",
-    "Find the value of ",
-    " in the equation: ",
-    "Determine the value of ",
-    " that satisfies: ",
+    "Calculate ",
 )
 
 CHAT_TEMPLATE = """\

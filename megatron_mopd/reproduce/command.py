@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from megatron_mopd.config import RunConfig
 from megatron_mopd.environment import joined_world
@@ -23,6 +24,9 @@ from megatron_mopd.reproduce.table import compute_table, scaling_table, score_ta
 from megatron_mopd.reproduce.tune import trial_scores, tuning_table
 from megatron_mopd.run_lock import lock_run_folder
 from megatron_mopd.yaml_config import ConfigError
+
+WIDTH = 150
+"""Characters of a line where there is no terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,29 +75,38 @@ def reproduce(path: str, overrides: Sequence[str], options: Options) -> int:
     config = load_reproduce_config(path, overrides)
     plan = make_plan(config, options)
     run_dir = Path(config.run_dir)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     stored = place(list(plan.nodes.values()), run_dir)
     if options.dry_run:
-        _say_changes(plan, stored, console)
-        console.print(cost_table(plan.nodes, stored, plan.wanted))
+        _say_changes(plan, stored)
+        _show(cost_table(plan.nodes, stored, plan.wanted))
         return 0
     with lock_run_folder(run_dir):
         if options.prune:
-            _prune(config, plan, stored, run_dir, console)
-        todo = _say_changes(plan, stored, console)
-        code = execute(stored, todo, config.workers, console.print)
+            _prune(config, plan, stored, run_dir)
+        todo = _say_changes(plan, stored)
+        code = execute(stored, todo, config.workers, _say)
         if code:
-            console.print("the same command goes on from here")
+            _say("the same command goes on from here")
             return code
-        _report(plan, stored, run_dir, console, options)
+        _report(plan, stored, run_dir, options)
     seconds = time.monotonic() - started
     made = (
         f"made {len(todo)} of {len(plan.wanted)} nodes"
         if todo
         else f"nothing to do: all {len(plan.wanted)} nodes are cached"
     )
-    console.print(f"{made} ({seconds:.1f} s)")
+    _say(f"{made} ({seconds:.1f} s)")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _show(table: Table) -> None:
+    """As wide as the terminal; in a file wide enough for the tables."""
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=WIDTH)).print(table)
 
 
 def make_plan(config: ReproduceConfig, options: Options) -> Plan:
@@ -156,7 +169,7 @@ def _plan(
     return Plan(config=config, evaluation=evaluation, nodes=nodes, seeds=seeds, models=(BASE, *teachers, *shown))
 
 
-def _say_changes(plan: Plan, stored: Mapping[str, StoredNode], console: Console) -> list[str]:
+def _say_changes(plan: Plan, stored: Mapping[str, StoredNode]) -> list[str]:
     """The nodes to make, in order; says why those that were made before are made again."""
     todo = [name for name in plan.wanted if not stored[name].is_done]
     following = 0
@@ -168,31 +181,29 @@ def _say_changes(plan: Plan, stored: Mapping[str, StoredNode], console: Console)
         if only_inputs:
             following += 1
         else:
-            console.print(f"{name}: is made again: {reason}")
+            _say(f"{name}: is made again: {reason}")
     if following:
-        console.print(f"{following} more that depend on these are made again")
+        _say(f"{following} more that depend on these are made again")
     return todo
 
 
-def _prune(
-    config: ReproduceConfig, plan: Plan, stored: Mapping[str, StoredNode], run_dir: Path, console: Console
-) -> None:
+def _prune(config: ReproduceConfig, plan: Plan, stored: Mapping[str, StoredNode], run_dir: Path) -> None:
     """Delete what belongs to neither the comparison nor its trials, whatever part of it was asked for."""
     kept = dict(stored)
     plans = [make_plan(config, Options()), *([make_plan(config, Options(tune=True))] if config.tune else [])]
     for other in plans:
         kept |= place(list(other.nodes.values()), run_dir)
     gone = prune(kept, run_dir)
-    console.print(f"pruned {len(gone)} folders" + "".join(f"\n  {folder}" for folder in gone))
+    _say(f"pruned {len(gone)} folders" + "".join(f"\n  {folder}" for folder in gone))
 
 
-def _report(plan: Plan, stored: Mapping[str, StoredNode], run_dir: Path, console: Console, options: Options) -> None:
+def _report(plan: Plan, stored: Mapping[str, StoredNode], run_dir: Path, options: Options) -> None:
     if options.tune:
         figures = read_figures(plan.domains, stored, plan.seeds, plan.models)
         tuning = trial_scores(plan.config, figures)
         write_json(run_dir / "tuning.json", tuning)
-        console.print(tuning_table(plan.config, tuning))
-        console.print(f"{run_dir / 'tuning.json'}")
+        _show(tuning_table(plan.config, tuning))
+        _say(f"{run_dir / 'tuning.json'}")
         return
     # --only makes one method; the others are shown as well if they are complete.
     complete = [name for name in _evaluated(plan) if _is_complete(plan, stored, name)]
@@ -200,11 +211,11 @@ def _report(plan: Plan, stored: Mapping[str, StoredNode], run_dir: Path, console
     methods = [name for name in plan.config.methods if name in complete]
     summary = summarise(plan.config, figures, stored, plan.seeds, methods)
     write_json(run_dir / "summary.json", summary)
-    console.print(score_table(summary))
+    _show(score_table(summary))
     if summary["scaling"]:
-        console.print(scaling_table(summary))
-    console.print(compute_table(summary))
-    console.print(f"{run_dir / 'summary.json'}")
+        _show(scaling_table(summary))
+    _show(compute_table(summary))
+    _say(f"{run_dir / 'summary.json'}")
 
 
 def _evaluated(plan: Plan) -> list[str]:

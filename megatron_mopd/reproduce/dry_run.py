@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from megatron_mopd.reproduce.cost import node_cost
@@ -18,12 +19,13 @@ def cost_table(nodes: Mapping[str, Node], stored: Mapping[str, StoredNode], want
     for name, value in seconds.items():
         if value is not None:
             known.setdefault(_reference(name), value)
-    table = Table(title="Nodes in order", title_justify="left")
-    for column in ("node", "command", "needs"):
-        table.add_column(column)
+    table = Table(title="Nodes in order", title_justify="left", box=SIMPLE)
+    table.add_column("node", no_wrap=True)
+    table.add_column("command", no_wrap=True)
+    table.add_column("needs", overflow="fold")
     for column in ("steps", "rollouts", "tokens at most", "seconds"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     open_seconds, unknown = 0.0, 0
     for name in wanted:
         node, done = nodes[name], stored[name].is_done
