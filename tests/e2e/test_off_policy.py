@@ -19,8 +19,7 @@ from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.metrics import read_records
 from megatron_mopd.rollout.engine import Sampling
-from megatron_mopd.rollout.in_process import InProcessEngine
-from megatron_mopd.sample import _tensors
+from megatron_mopd.rollout.load import load_engine
 from megatron_mopd.student.architecture import read_architecture
 from megatron_mopd.tokenizer import Tokenizer
 from tests.e2e.conftest import run_tree, write_run
@@ -53,10 +52,7 @@ def test_every_domain_is_answered_by_its_own_teacher(sampled: Path, models: Path
     for domain in "abc":
         assert dataset.size(domain) == STEPS * PROMPTS // 3
         arch = read_architecture(models / domain)
-        engine = InProcessEngine(
-            arch, stop_ids=tokenizer.stop_ids, dtype=torch.float32, device=torch.device("cpu"), batch_size=64
-        )
-        engine.load_weights(_tensors(arch, models / domain), version=0)
+        engine = load_engine(config, arch, tokenizer, torch.device("cpu"), models / domain)
         for index in range(PROMPTS // 3):
             answer = dataset.answer(domain, index)
             prompt = prompts[answer.id]

@@ -40,6 +40,14 @@ def test_length_speed_and_layout_may_change(tmp_path: Path) -> None:
     check_same_run(identity(CONFIG), identity(longer), tmp_path)
 
 
+def test_the_length_of_a_cascade_says_whose_turn_it_is(tmp_path: Path) -> None:
+    cascade = dataclasses.replace(CONFIG, domain_schedule="sequential")
+    with pytest.raises(ConfigError, match="of another run: steps was 3, is 9"):
+        check_same_run(identity(cascade), identity(dataclasses.replace(cascade, steps=9)), tmp_path)
+    with pytest.raises(ConfigError, match="domain_schedule was 'mixed', is 'sequential'"):
+        check_same_run(identity(CONFIG), identity(cascade), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
