@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.box import SIMPLE
 from rich.table import Table
 
+from megatron_mopd.reproduce.config import TEACHERS
 from megatron_mopd.reproduce.cost import node_cost
 from megatron_mopd.reproduce.graph import Node
 from megatron_mopd.reproduce.store import StoredNode
@@ -36,14 +37,22 @@ def cost_table(nodes: Mapping[str, Node], stored: Mapping[str, StoredNode], want
             unknown += guess is None
         shown = f"{measured:.0f}" if measured is not None else f"~{guess:.0f}" if guess is not None else "?"
         counts = [f"{value:,}" if value else "" for value in (cost.steps, cost.rollouts, cost.most_tokens)]
-        needs = ", ".join(dict.fromkeys(_reference(needed) for needed in node.inputs.values()))
-        table.add_row(name, node.kind, needs, *counts, shown, "cached" if done else "to make")
+        table.add_row(name, node.kind, _needs(node, nodes), *counts, shown, "cached" if done else "to make")
     to_make = sum(not stored[name].is_done for name in wanted)
     table.caption = (
         f"{to_make} of {len(wanted)} nodes to make, {open_seconds:.0f} s by what is known, {unknown} unknown"
     )
     table.caption_justify = "left"
     return table
+
+
+def _needs(node: Node, nodes: Mapping[str, Node]) -> str:
+    needed = list(dict.fromkeys(_reference(name) for name in node.inputs.values()))
+    teachers = {_reference(name) for name, other in nodes.items() if other.kind == "run"}
+    teachers = {name for name in teachers if name.startswith(f"{TEACHERS}.")}
+    if len(teachers) > 1 and teachers <= set(needed):
+        needed = [*(name for name in needed if name not in teachers), f"{TEACHERS}.*"]
+    return ", ".join(needed)
 
 
 def _reference(name: str) -> str:

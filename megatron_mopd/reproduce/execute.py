@@ -26,6 +26,7 @@ from typing import Any
 
 from megatron_mopd.environment import gpu_count
 from megatron_mopd.launch import PRELOAD
+from megatron_mopd.reproduce.beforehand import check_all
 from megatron_mopd.reproduce.store import RECORD, StoredNode, write_json
 from megatron_mopd.yaml_config import ConfigError, dump_yaml
 
@@ -78,6 +79,7 @@ def execute(stored: Mapping[str, StoredNode], wanted: Sequence[str], workers: in
     if not gpu_count():  # as `launch` does: packages for CUDA may touch the device while they load
         for module in PRELOAD:
             importlib.import_module(module)
+    check_all({name: item.node for name, item in stored.items()}, wanted)
     return _Workers(stored, wanted, workers, say).run()
 
 
