@@ -8,7 +8,18 @@ from typing import Any
 
 import yaml
 
-from tests.e2e.conftest import small_model
+MODEL = Path(__file__).parents[1] / "configs" / "tiny" / "model"
+
+
+def small_model(folder: Path) -> Path:
+    """The tiny configuration's model and tokenizer with two layers."""
+    folder.mkdir(parents=True)
+    for file in MODEL.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write_comparison(folder: Path) -> Path:
@@ -35,7 +46,7 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
     start = {"checkpoint": "unused", "dtype": "float32"}
     own = {
         "sft": {"stage": "sft", "model": {"hf_config": str(folder / "model"), "dtype": "float32"}, "domains": domains},
-        "rl": {"stage": "rl", "steps": 3, "model": start, "domains": domains, "rollout": {"samples_per_prompt": 4}},
+        "teacher": {"stage": "sft", "steps": 3, "model": start, "domains": domains},
         "off": {"stage": "sft", "model": start, "domains": domains, "rollout": {"engine": "dataset", "dataset": "-"}},
         "mopd": {
             "stage": "mopd",
@@ -45,7 +56,7 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
             "evaluation": {"prompts": 12, "samples": 2, "validation_prompts": 8},
         },
     }
-    kinds = {"sft": "cross_entropy", "rl": "grpo", "off": "cross_entropy", "mopd": "full_vocab"}
+    kinds = {"sft": "cross_entropy", "teacher": "cross_entropy", "off": "cross_entropy", "mopd": "full_vocab"}
     common = {
         "run_dir": "unused",
         "steps": 4,
@@ -69,7 +80,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "budget": {"rollouts": 32},
         "base": {"run": str(folder / "sft.yaml")},
         "teachers": {
-            name: {"run": str(folder / "rl.yaml"), "domains": [name], "overrides": ["optim.lr=0.01"]}
+            name: {"run": str(folder / "teacher.yaml"), "domains": [name], "overrides": ["optim.lr=0.01"]}
             for name in "ab"
         },
         "methods": {

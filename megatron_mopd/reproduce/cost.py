@@ -63,3 +63,14 @@ def check_budget(
 
 def total_rollouts(nodes: Mapping[str, Node], names: Collection[str]) -> int:
     return sum(node_cost(nodes[name]).rollouts for name in names)
+
+
+def budget_line(rollouts: Mapping[str, int], budget: int) -> str:
+    """What `check_budget` has found to hold, in words."""
+    same = [name for name, count in rollouts.items() if count == budget]
+    others = [f"{name} {count:,}" for name, count in rollouts.items() if count not in (0, budget)]
+    none = [name for name, count in rollouts.items() if count == 0]
+    parts = [f"{budget:,} rollouts each: {', '.join(same) or 'no method'}"]
+    parts += [f"otherwise: {', '.join(others)}"] if others else []
+    parts += [f"none: {', '.join(none)}"] if none else []
+    return f"budget, checked: {'; '.join(parts)}"

@@ -139,7 +139,7 @@ def _load_run(
     spec: NodeSpec | None = None,
     evaluation: RunConfig | None = None,
 ) -> RunConfig:
-    tree = apply_overrides(load_yaml(read_text(path, f"{key}: config file"), path), overrides)
+    tree = apply_overrides(load_yaml(read_text(path, "config file"), path), overrides)
     if spec is not None and spec.domains is not None:
         tree = _keep_domains(tree, spec.domains, path)
     if evaluation is not None:
@@ -168,7 +168,7 @@ def _merge_node(reference: str, spec: NodeSpec, config: ReproduceConfig, seed: i
     targets = spec.teachers if spec.teachers is not None else {name: f"{TEACHERS}.{name}" for name in config.teachers}
     if not targets:
         raise ConfigError(f"{key}: has no teachers to merge; name them in `teachers`")
-    tree = apply_overrides(load_yaml(read_text(spec.file, f"{key}: config file"), spec.file), spec.overrides)
+    tree = apply_overrides(load_yaml(read_text(spec.file, "config file"), spec.file), spec.overrides)
     tree |= {"out": "node", "base": "node", "models": dict.fromkeys(targets, "node"), "seed": seed}
     try:
         merge = build(MergeConfig, tree)

@@ -103,8 +103,8 @@ def test_the_files_that_the_commands_get(config: Path) -> None:
 
 def test_only_what_depends_on_a_change_has_another_folder(config: Path) -> None:
     before = placed(config)
-    rl = config.parent / "rl.yaml"
-    write(rl, read(rl) | {"steps": 5})
+    file = config.parent / "teacher.yaml"
+    write(file, read(file) | {"steps": 5})
     after = placed(config)
     moved = {name for name in before if before[name].folder != after[name].folder}
     assert moved == set(before) - {f"seed{seed}/{name}" for seed in (0, 1) for name in ("base", "base.eval")}
@@ -219,18 +219,18 @@ def test_only_one_method(config: Path) -> None:
         (["teachers.a.start=mopd"], "seed0/teachers.a needs seed0/mopd needs seed0/teachers.a: a cycle"),
         (["methods.mopd.start=off.sample"], "methods.mopd.start: node 'off.sample' makes a dataset"),
         (["methods.off.dataset=base"], "methods.off.dataset: node 'base' makes a model"),
-        (["methods.off.dataset=null"], "rollout.dataset: -: no such file"),
+        (["methods.off.dataset=null", "methods.off.rollouts=0"], "seed0/off: rollout.dataset: -: no such file"),
         (["methods.mopd.merge=x.yaml"], "methods.mopd: give exactly one of run, sample and merge"),
         (["methods.mopd.family=best"], "methods.mopd.family: expected one of merge, rl, off_policy, mopd"),
         (["methods.mopd.overrides=[stepz=3]"], "methods.mopd: .*mopd.yaml: unknown key 'stepz'. Did you mean 'steps'"),
         (["methods.mopd.overrides=[steps=5]"], "methods.mopd: its files generate 40 rollouts, the budget is 32; "),
-        (["methods.mopd.run=nowhere.yaml"], "methods.mopd: methods.mopd: config file nowhere.yaml: No such file"),
-        (["teachers.a.domains=[c]"], "teachers.a: domains: .*rl.yaml has no domain 'c'; it has a, b"),
+        (["methods.mopd.run=nowhere.yaml"], "methods.mopd: config file nowhere.yaml: No such file"),
+        (["teachers.a.domains=[c]"], "teachers.a: domains: .*teacher.yaml has no domain 'c'; it has a, b"),
         (["methods.base={family: mopd, run: x.yaml}"], "methods.base: is the name of something else here"),
         (["methods.a/b={family: mopd, run: x.yaml}"], "methods.a/b: names folders; use letters, digits"),
         (["scaling={teachers: [3], methods: [mopd]}"], "scaling.teachers: 3 is more than the 2 domains"),
         (["scaling={teachers: [1], methods: [off]}"], "scaling.methods: 'off' names nodes of its own"),
-        (["tune.trials.off=[[]]"], "tune.trials.off: 1 trials, but mopd has 2; give every method as many"),
+        (["tune.trials.off=[[]]"], "tune: trials.off: 1 trials, but mopd has 2; give every method as many"),
         (["tune.trials.mix=[[], []]"], "tune.trials.mix: no such method; known: arithmetic, off, mopd"),
         (["tune.seed=1"], "tune.seed: 1 is one of seeds; choose another"),
         (["methodz={}"], "unknown key 'methodz'. Did you mean 'methods'?"),
@@ -261,7 +261,7 @@ def test_options_that_do_not_fit(config: Path, options: dict[str, Any], message:
 def test_a_teacher_without_a_node_is_named_with_the_remedy(config: Path) -> None:
     file = config.parent / "mopd.yaml"
     tree = read(file)
-    tree["teachers"]["c"] = {"checkpoint": "x"}
+    tree["teachers"] = {name: {"checkpoint": "x"} for name in "ac"}
     tree["domains"]["b"]["teacher"] = "c"
     write(config.parent / "other.yaml", tree)
     with pytest.raises(ConfigError, match=r"has a teacher 'c', and there is no node 'teachers.c'; add it to teachers"):
