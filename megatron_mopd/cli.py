@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_mopd import __version__, cli_text
-from megatron_mopd.config import RunConfig, load_config
+from megatron_mopd.config import RunConfig, Split, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
 from megatron_mopd.launch import Outcome, launch
+from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.metrics import check_log
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
@@ -66,6 +67,19 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     demo = _command(
         commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
     )
+    merge = _command(
+        commands, "merge CONFIG", _merge, "several checkpoints -> one model", cli_text.MERGE, cli_text.MERGE_EPILOG
+    )
+    merge.add_argument("config", metavar="CONFIG", help="YAML file of the merge")
+    compare = _command(
+        commands,
+        "reproduce CONFIG",
+        _reproduce,
+        "compare methods over seeds",
+        cli_text.REPRODUCE,
+        cli_text.REPRODUCE_EPILOG,
+    )
+    _add_reproduce_options(compare)
     benchmark = _command(
         commands,
         "benchmark NAME --from FILE --out FILE",
@@ -82,6 +96,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for command in (evaluate, export):
         command.add_argument("--checkpoint", metavar="DIR", required=True, help="of this program, or Hugging Face")
     export.add_argument("--hf", metavar="OUT", required=True, help="folder to write; must not exist or be empty")
+    evaluate.add_argument("--split", choices=get_args(Split), default="held_out", help="default: %(default)s")
     sample.add_argument("--out", metavar="FILE", required=True, help="dataset to write; must not exist")
     sample.add_argument("--keep", choices=("all", "correct"), default="all", help="default: %(default)s")
     demo.add_argument("--config-dir", metavar="DIR", default="configs/tiny", help="default: %(default)s")
@@ -92,6 +107,15 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         parser.error(f"unknown option {unknown[0]}; see --help")
     return arguments, overrides
+
+
+def _add_reproduce_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file of the comparison")
+    command.add_argument("--seeds", metavar="N", type=int, help="the first N seeds of the file; default: all")
+    command.add_argument("--only", metavar="METHOD", help="this method and what it needs")
+    command.add_argument("--dry-run", action="store_true", help="print the nodes and their cost; make none")
+    command.add_argument("--prune", action="store_true", help="delete results that the file no longer leads to")
+    command.add_argument("--tune", action="store_true", help="run the trials of `tune`, on the validation split")
 
 
 def _command(
@@ -133,8 +157,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(arguments.config, overrides)
     from megatron_mopd import preflight
 
-    preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel))
-    return _print_result(launch(config, _evaluate_rank, arguments.checkpoint))
+    preflight.check_evaluation(config, arguments.checkpoint, world_size(config.parallel), arguments.split)
+    return _print_result(launch(config, _evaluate_rank, arguments.checkpoint, arguments.split))
 
 
 def _print_result(outcome: Outcome) -> int:
@@ -151,6 +175,27 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     export(config, arguments.checkpoint, Path(arguments.hf))
     print(arguments.hf)
     return 0
+
+
+def _merge(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_merge_config(arguments.config, overrides)
+    from megatron_mopd.merge.run import run_merge
+
+    print(run_merge(config, say=lambda line: print(line, file=sys.stderr)))
+    return 0
+
+
+def _reproduce(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megatron_mopd.reproduce.command import Options, reproduce
+
+    options = Options(
+        seeds=arguments.seeds,
+        only=arguments.only,
+        dry_run=arguments.dry_run,
+        prune=arguments.prune,
+        tune=arguments.tune,
+    )
+    return reproduce(arguments.config, overrides, options)
 
 
 def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -198,10 +243,10 @@ def _sample_rank(config: RunConfig, out: str, keep: str) -> dict[str, Any]:
     return sample(config, out, keep)  # type: ignore[arg-type]
 
 
-def _evaluate_rank(config: RunConfig, checkpoint: str) -> dict[str, float]:
-    from megatron_mopd.evaluate import evaluate_checkpoints
+def _evaluate_rank(config: RunConfig, checkpoint: str, split: Split) -> dict[str, Any]:
+    from megatron_mopd.evaluation import evaluate_checkpoints
 
-    return evaluate_checkpoints(config, {"--checkpoint": checkpoint})["--checkpoint"]
+    return evaluate_checkpoints(config, {"--checkpoint": checkpoint}, split)["--checkpoint"].as_json()
 
 
 if __name__ == "__main__":

@@ -47,13 +47,20 @@ examples:
 
 EVAL = """\
 Answer the held-out prompts of CONFIG's domains with the model of a checkpoint, verify the answers, and print
-the accuracy per domain as JSON. The prompts depend on `evaluation.seed` only: checkpoints can be compared.
+as JSON, per domain: the accuracy (mean over `evaluation.samples` answers a prompt, avg@n), its standard error
+clustered by prompt, and pass@k for each k of `evaluation.pass_at`. Temperature 0 is greedy decoding.
+
+The prompts depend on `evaluation.seed` only, so that checkpoints can be compared; training never sees them.
+`--split validation` takes the `evaluation.validation_prompts` for choosing hyper-parameters instead. Also
+evaluated, where CONFIG names them: `evaluation.benchmarks`, `evaluation.out_of_domain` (tasks that no domain
+trains), and `evaluation.perplexity` (a file of texts).
 """
 
 EVAL_EPILOG = """\
 examples:
   mopd eval configs/tiny/mopd.yaml --checkpoint runs/mopd/checkpoints/latest
-  mopd eval configs/tiny/mopd.yaml --checkpoint models/my-hf-model evaluation.prompts=1000
+  mopd eval configs/tiny/mopd.yaml --checkpoint my-hf-model evaluation.samples=4 evaluation.pass_at=[1,4]
+  mopd eval CONFIG --checkpoint runs/mopd/checkpoints/latest --split validation
 """
 
 EXPORT = """\
@@ -77,6 +84,23 @@ DEMO_EPILOG = """\
 examples:
   mopd demo
   mopd demo --run-dir runs/demo2 seed=1
+"""
+
+REPRODUCE = """\
+Compare methods: a base, its teachers and every method for every seed, evaluated on the same held-out prompts.
+
+CONFIG is a graph of runs, samples and merges. Each is an ordinary command on an ordinary file and is made once:
+its result is kept for as long as nothing that it depends on changes (files, values, datasets, other results).
+Ctrl-C, kill -9 or a failure cost the steps since the last checkpoint: the same command goes on.
+Prints the table with 95 % intervals over seeds, and writes summary.json for `mopd report`.
+"""
+
+REPRODUCE_EPILOG = """\
+examples:
+  mopd reproduce configs/tiny/reproduce.yaml --dry-run     what would be made, at what cost
+  mopd reproduce configs/tiny/reproduce.yaml --seeds 1     one seed of all
+  mopd reproduce configs/tiny/reproduce.yaml --only mopd   one method, with what it needs
+  mopd reproduce configs/tiny/reproduce.yaml --tune        the trials, on the validation split
 """
 
 BENCHMARK = """\
@@ -109,4 +133,18 @@ SAMPLE_EPILOG = """\
 examples:
   mopd sample configs/tiny/off_policy_kl.yaml --out runs/tiny/teacher_answers.jsonl
   mopd sample configs/tiny/mopd.yaml --out answers.jsonl --keep correct rollout.samples_per_prompt=4
+"""
+
+MERGE = """\
+Merge the weights of several checkpoints into one Hugging Face folder, as CONFIG says: average, task_arithmetic,
+ties, dare, dare_ties or sce. Tensors are streamed in slices: the memory is that of a slice, not of a model.
+
+Everything is checked first. The folder appears when it is complete; called again, there is nothing to do.
+"""
+
+MERGE_EPILOG = """\
+examples:
+  mopd merge configs/tiny/param_merge.yaml
+  mopd merge configs/tiny/param_merge.yaml scaling=0.5 out=runs/tiny/merged/lambda_0.5
+  mopd merge configs/tiny/param_merge.yaml method=ties density=0.3 out=runs/tiny/merged/ties
 """

@@ -105,9 +105,9 @@ def _train(config: RunConfig) -> None:
 
 
 def _evaluate(config: RunConfig, checkpoints: dict[str, str]) -> dict[str, dict[str, float]]:
-    from megatron_mopd.evaluate import evaluate_checkpoints
+    from megatron_mopd.evaluation import evaluate_checkpoints
 
-    return evaluate_checkpoints(config, checkpoints)
+    return {name: result.accuracy for name, result in evaluate_checkpoints(config, checkpoints).items()}
 
 
 class _State:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mopd.config import RunConfig, check_layout
+from megatron_mopd.config import RunConfig, Split, check_layout
 from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.evaluation.documents import read_windows
 from megatron_mopd.hub import resolve_folder
 from megatron_mopd.student.architecture import Architecture, check_architecture, read_architecture
 from megatron_mopd.student.weights import check_hf
@@ -82,18 +83,33 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_teachers(config, inputs)
     _check_weights(inputs)
     _check_lengths(config, inputs.arch)
-    _check_data(config, inputs.tokenizer, inputs.dataset)
+    _check_data(config, inputs.arch, inputs.tokenizer, dataset=inputs.dataset)
     _check_run_folder(config)
 
 
-def check_evaluation(config: RunConfig, checkpoint: str, world_size: int) -> None:
+def check_evaluation(config: RunConfig, checkpoint: str, world_size: int, split: Split) -> None:
     """Raise ConfigError for whatever would stop `mopd eval`: it needs the checkpoint and the domains, no teacher."""
     check_layout(config.parallel, world_size)
     folder = resolve_folder(checkpoint, "--checkpoint")
     arch = read_architecture(folder)
+    if config.evaluation.perplexity is not None:  # the only part that goes through Megatron
+        check_architecture(arch, config.parallel, "the checkpoint's")
     check_hf(arch, folder, "--checkpoint")
     _check_lengths(config, arch)
-    _check_data(config, Tokenizer.load(folder))
+    _check_data(config, arch, Tokenizer.load(folder), split=split)
+
+
+def check_beforehand(config: RunConfig, model_folder: Path, world_size: int) -> None:
+    """Raise ConfigError for what can be known of a run whose weights and datasets are still to be made.
+
+    `model_folder` has the config.json and the tokenizer that they will have.
+    """
+    check_layout(config.parallel, world_size)
+    arch = read_architecture(model_folder)
+    check_architecture(arch, config.parallel)
+    _check_lengths(config, arch)
+    if config.rollout.engine != "dataset":
+        _check_data(config, arch, Tokenizer.load(model_folder))
 
 
 def _check_vocabulary(config: RunConfig, inputs: Inputs) -> None:
@@ -131,19 +147,34 @@ def _check_weights(inputs: Inputs) -> None:
 
 
 def _check_lengths(config: RunConfig, arch: Architecture) -> None:
-    for name, domain in config.domains.items():
+    evaluation = config.evaluation
+    places = {f"domains.{name}": domain for name, domain in config.domains.items()}
+    places |= {f"evaluation.out_of_domain.{name}": task for name, task in evaluation.out_of_domain.items()}
+    places |= {f"evaluation.benchmarks.{name}": task for name, task in evaluation.benchmarks.items()}
+    for place, domain in places.items():
         longest = domain.max_prompt_tokens + domain.max_response_tokens
         if longest > arch.max_positions:
             raise ConfigError(
-                f"domains.{name}: max_prompt_tokens {domain.max_prompt_tokens} + max_response_tokens "
+                f"{place}: max_prompt_tokens {domain.max_prompt_tokens} + max_response_tokens "
                 f"{domain.max_response_tokens} exceed the model's {arch.max_positions} positions; lower them"
             )
 
 
-def _check_data(config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | None = None) -> None:
+def _check_data(
+    config: RunConfig,
+    arch: Architecture,
+    tokenizer: Tokenizer,
+    *,
+    split: Split = "held_out",
+    dataset: Dataset | None = None,
+) -> None:
     mixer = DomainMixer(config, tokenizer, dataset)
     mixer.check()
-    for name, domain in config.domains.items():
+    mixer.split(config.domain_names[0], split)
+    if config.evaluation.perplexity is not None:
+        read_windows(Path(config.evaluation.perplexity), arch, tokenizer)
+    benchmarks = {**config.evaluation.out_of_domain, **config.evaluation.benchmarks}
+    for name, domain in {**config.domains, **benchmarks}.items():
         check_command(name, domain)
 
 

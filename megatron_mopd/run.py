@@ -13,7 +13,8 @@ import torch
 from megatron_mopd.compute import token_metrics
 from megatron_mopd.config import RunConfig, save_config
 from megatron_mopd.domains.mixer import DomainMixer
-from megatron_mopd.evaluate import evaluate
+from megatron_mopd.evaluation.evaluate import evaluate
+from megatron_mopd.evaluation.results import score_metrics
 from megatron_mopd.metrics import MetricLog, PhaseTimer
 from megatron_mopd.packing import pack_step
 from megatron_mopd.parallel.runtime import start_world, stop_world
@@ -24,7 +25,8 @@ from megatron_mopd.rollout.collect import Collector, rollout_metrics
 from megatron_mopd.rollout.engine import RolloutEngine
 from megatron_mopd.rollout.load import make_engine
 from megatron_mopd.rollout.stored_answers import StoredAnswers
-from megatron_mopd.run_identity import check_same_run, lock_run_folder, run_identity
+from megatron_mopd.run_identity import check_same_run, run_identity
+from megatron_mopd.run_lock import lock_run_folder
 from megatron_mopd.student import checkpoint
 from megatron_mopd.student.student import Student
 from megatron_mopd.student.weight_stream import export_hf
@@ -188,5 +190,5 @@ class Run:
         if not self.config.evaluation.every:
             return
         self.refresh_evaluator()
-        accuracy = evaluate(self.config, self.mixer, self.evaluator)
-        self.log.step(steps_done, {f"accuracy/{name}": value for name, value in accuracy.items()}, kind="eval")
+        scores = evaluate(self.config, self.mixer, self.evaluator)
+        self.log.step(steps_done, score_metrics(scores), kind="eval")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_mopd.config import RunConfig
 from megatron_mopd.domains.dataset import Cost, DatasetWriter, StoredAnswer, origin_of, writing
 from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.domains.verifiers import FULL_SCORE
 from megatron_mopd.parallel.runtime import World, start_world, stop_world
 from megatron_mopd.preflight import Inputs, resolve_inputs
 from megatron_mopd.progress import Progress
@@ -22,8 +23,6 @@ from megatron_mopd.types import Rollout
 from megatron_mopd.yaml_config import ConfigError
 
 Keep = Literal["all", "correct"]
-FULL_SCORE = 1.0 - 1e-6
-"""A right answer has the verifier's full score."""
 
 
 def sampling_config(config: RunConfig) -> RunConfig:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from megatron_mopd.config import RunConfig
+from megatron_mopd.config import RunConfig, Split
 from megatron_mopd.domains.dataset import Dataset
-from megatron_mopd.domains.ifeval import read_instructions
-from megatron_mopd.domains.source import (
-    Item,
-    JsonlSource,
-    ReasoningGymSource,
-    Source,
-    derive_seed,
-    read_jsonl,
-    split_held_out,
-    unit_interval,
+from megatron_mopd.domains.source import Item, unit_interval
+from megatron_mopd.domains.splits import (
+    PATIENCE,
+    PromptSet,
+    Splits,
+    find_splits,
+    open_sources,
+    question_hash,
+    render_prompt,
+    render_questions,
 )
 from megatron_mopd.domains.stored_feed import StoredFeed
-from megatron_mopd.tokenizer import Message, Tokenizer
+from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Prompt
 from megatron_mopd.yaml_config import ConfigError
-
-PATIENCE = 1000
-"""Unusable candidates in a row after which a domain counts as empty."""
 
 
 @dataclass
@@ -50,6 +45,7 @@ class DomainMixer:
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | None = None):
         """dataset: where the prompts to train on come from instead of the domains' sources."""
         self._shares = config.domain_shares
+        self._config, self._tokenizer = config, tokenizer
         self._feeds = {name: _Feed(name, config, tokenizer) for name in config.domains}
         self._dataset = dataset
         self._stored = {name: StoredFeed(name, config, dataset) for name in config.domains} if dataset else {}
@@ -76,31 +72,65 @@ class DomainMixer:
     def _next(self, domain: str, state: DomainState) -> Prompt:
         if domain in self._stored:
             return self._stored[domain].next(state, self.reserved)
-        return self._feeds[domain].next(state)
-
-    @cached_property
-    def reserved(self) -> frozenset[str]:
-        """`Prompt.question` of all that is evaluated on."""
-        return frozenset[str]().union(*(feed.reserved() for feed in self._feeds.values()))
+        return self._feeds[domain].next(state, self.reserved)
 
     def held_out(self, domain: str) -> list[Prompt]:
         """The domain's evaluation prompts: distinct, never trained on, the same whatever the run's seed.
 
         `evaluation.prompts` of them, fewer where the source has no more.
         """
-        prompts = self._feeds[domain].held_out()
-        if not prompts:
+        return list(self.split(domain, "held_out").prompts)
+
+    def split(self, domain: str, split: Split) -> PromptSet:
+        """The prompts of one split of a domain. Raises ConfigError when there is none."""
+        if split == "validation" and not self._config.evaluation.validation_prompts:
             raise ConfigError(
-                f"domains.{domain}.source: no held-out prompt within max_prompt_tokens;"
-                " give a held_out file or more lines"
+                "evaluation.validation_prompts: is 0, so that training may have seen any other prompt;"
+                " set it in the file of the run and train with it"
             )
-        return prompts
+        found = render_questions(
+            self._splits.domains[domain][split],
+            self._config.domains[domain],
+            domain=domain,
+            prefix=f"{domain}/{split}",
+            tokenizer=self._tokenizer,
+        )
+        if not found.prompts:
+            raise ConfigError(
+                f"domains.{domain}.source: no {split.replace('_', '-')} prompt within max_prompt_tokens;"
+                f" give a {split} file or more lines"
+            )
+        return found
+
+    def benchmark(self, group: str, name: str) -> PromptSet:
+        """The prompts of `evaluation.<group>.<name>`, group being 'benchmarks' or 'out_of_domain'."""
+        found = render_questions(
+            self._splits.benchmarks[group][name],
+            getattr(self._config.evaluation, group)[name],
+            domain=name,
+            prefix=f"{group}.{name}",
+            tokenizer=self._tokenizer,
+        )
+        if not found.prompts:
+            raise ConfigError(f"evaluation.{group}.{name}: no prompt within max_prompt_tokens; raise it")
+        return found
 
     def check(self) -> None:
-        """Raise ConfigError for a domain that has no usable prompt to train on, or none to evaluate with."""
+        """Raise ConfigError for a domain that has no usable prompt to train on, and for a split without any."""
         for name in self._feeds:
             self._next(name, DomainState())
-            self.held_out(name)
+        self.check_splits()
+
+    def check_splits(self) -> None:
+        """Raise ConfigError for a domain or a benchmark without a prompt to evaluate with."""
+        evaluation = self._config.evaluation
+        for name in self._feeds:
+            self.split(name, "held_out")
+            if evaluation.validation_prompts:
+                self.split(name, "validation")
+        for group, tasks in self._splits.benchmarks.items():
+            for name in tasks:
+                self.benchmark(group, name)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Since the run began, by domain: prompts drawn, and candidates left out and why."""
@@ -124,34 +154,46 @@ class DomainMixer:
             )
         self._states = {name: DomainState(**state[name]) for name in self._states}
 
+    @cached_property
+    def _splits(self) -> Splits:
+        sources = {name: feed.sources for name, feed in self._feeds.items()}
+        return find_splits(self._config, sources, self._tokenizer)
+
+    @cached_property
+    def reserved(self) -> frozenset[str]:
+        """`Prompt.question` of all that is evaluated on, in any domain or benchmark: never drawn."""
+        return self._splits.hashes
+
 
 class _Feed:
-    """One domain: its training stream without the held-out questions, and its held-out prompts."""
+    """One domain's training stream, without the questions that are kept out of it."""
 
     def __init__(self, name: str, config: RunConfig, tokenizer: Tokenizer):
         self._name, self._spec, self._tokenizer = name, config.domains[name], tokenizer
-        self._seed, self._held_out_count = config.seed, config.evaluation.prompts
-        self._wrong_share = self._spec.wrong_answers if config.reads_answers else 0.0
-        self._sft = config.reads_answers
-        self._training, self._evaluation = _open_sources(name, config, needs_answer=self._needs_answer)
-        self._held_out_items: list[tuple[int, Item]] | None = None
-        self._held_out_keys: frozenset[str] = frozenset()
+        self._seed, self._sft = config.seed, config.reads_answers
+        self._wrong_share = self._spec.wrong_answers if self._sft else 0.0
+        self.sources = open_sources(name, config)
+        self._training = self.sources.training
 
-    @property
-    def _needs_answer(self) -> bool:
-        return self._sft or self._spec.verifier in ("math", "exact")
-
-    def next(self, state: DomainState) -> Prompt:
+    def next(self, state: DomainState, reserved: frozenset[str]) -> Prompt:
         """The next usable prompt; moves `state` past it and past those that were left out."""
-        self._find_held_out()
         for _ in range(PATIENCE):
             index = state.cursor
             state.cursor += 1
             item = self._training.item(index)
-            if item.key in self._held_out_keys:
+            question = question_hash(item, self._tokenizer)
+            if question in reserved:
                 state.held_out_skipped += 1
                 continue
-            prompt = self._prompt(item, f"{self._name}/{index}", self._answer(item, index))
+            prompt = render_prompt(
+                item,
+                self._spec,
+                domain=self._name,
+                identity=f"{self._name}/{index}",
+                answer=self._answer(item, index),
+                question=question,
+                tokenizer=self._tokenizer,
+            )
             if prompt is None:
                 state.too_long += 1
                 continue
@@ -161,44 +203,6 @@ class _Feed:
             f"domains.{self._name}: {PATIENCE} prompts in a row cannot be used (in all {state.too_long}"
             f" longer than max_prompt_tokens={self._spec.max_prompt_tokens}, {state.held_out_skipped} held"
             " out for evaluation); raise max_prompt_tokens, widen the source, or lower evaluation.prompts"
-        )
-
-    def reserved(self) -> frozenset[str]:
-        """Of the questions to evaluate on, and of the rest of their file."""
-        self._find_held_out()
-        return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in self._held_out_keys)
-
-    def held_out(self) -> list[Prompt]:
-        prompts = (
-            self._prompt(item, f"{self._name}/held_out/{index}", item.answer) for index, item in self._find_held_out()
-        )
-        return [prompt for prompt in prompts if prompt is not None]
-
-    def _find_held_out(self) -> list[tuple[int, Item]]:
-        """Once: the questions to evaluate on. All of a held-out file is kept out of training, used or not."""
-        if self._held_out_items is None:
-            source = self._evaluation
-            found = {} if source is None else dict(_distinct(source, source.size or self._held_out_count))
-            self._held_out_keys = frozenset(found)
-            self._held_out_items = list(found.values())[: self._held_out_count]
-        return self._held_out_items
-
-    def _prompt(self, item: Item, identity: str, answer: str) -> Prompt | None:
-        """Rendered and tokenised; None when it is too long."""
-        system: tuple[Message, ...] = ()
-        if self._spec.system_prompt is not None:
-            system = ({"role": "system", "content": self._spec.system_prompt},)
-        token_ids = self._tokenizer.render([*system, *item.messages])
-        if len(token_ids) > self._spec.max_prompt_tokens:
-            return None
-        return Prompt(
-            id=identity,
-            domain=self._name,
-            question=item.question,
-            token_ids=token_ids,
-            answer=answer,
-            max_response_tokens=self._spec.max_response_tokens,
-            record=item.record,
         )
 
     def _answer(self, item: Item, index: int) -> str:
@@ -217,43 +221,3 @@ class _Feed:
         raise ConfigError(
             f"domains.{self._name}.wrong_answers: all answers are {item.answer!r}, none is wrong; set it to 0"
         )
-
-
-def _distinct(source: Source, count: int) -> Iterator[tuple[str, tuple[int, Item]]]:
-    """(key, (index, item)) of the first `count` distinct questions, fewer where they stop coming."""
-    seen: set[str] = set()
-    index = repeated = 0
-    while len(seen) < count and repeated < PATIENCE and index < (source.size or index + 1):
-        item = source.item(index)
-        if item.key in seen:
-            repeated += 1
-        else:
-            repeated = 0
-            seen.add(item.key)
-            yield item.key, (index, item)
-        index += 1
-
-
-def _open_sources(name: str, config: RunConfig, needs_answer: bool) -> tuple[Source, Source | None]:
-    """(training, held out); the latter depends on `evaluation.seed` and not on the run's seed."""
-    spec = config.domains[name].source
-    key = f"domains.{name}.source"
-    training_seed = derive_seed(config.seed, "training", name)
-    held_out_seed = derive_seed(config.evaluation.seed, "held out")
-    if spec.reasoning_gym is not None:
-        training = ReasoningGymSource(spec.reasoning_gym, spec.params, training_seed, key)
-        held_out = ReasoningGymSource(spec.reasoning_gym, spec.params, held_out_seed, key)
-        return training, held_out
-    assert spec.jsonl is not None
-    check = read_instructions if config.domains[name].verifier == "ifeval" else None
-    items = read_jsonl(Path(spec.jsonl), name, needs_answer=needs_answer, check=check)
-    if spec.held_out is not None:
-        kept = read_jsonl(Path(spec.held_out), name, needs_answer=needs_answer, check=check)
-    else:
-        items, kept = split_held_out(items)
-    if not items:
-        raise ConfigError(
-            f"{key}: all {len(kept)} prompts of {spec.jsonl} fall into the held-out tenth;"
-            " add lines, or name another file in held_out"
-        )
-    return JsonlSource(items, training_seed), JsonlSource(kept, held_out_seed) if kept else None

@@ -41,11 +41,6 @@ class Item:
         """The question's text: two items with one key are the same question."""
         return "\n".join(message["content"] for message in self.messages)
 
-    @property
-    def question(self) -> str:
-        """Hash of `key`."""
-        return hashlib.sha256(self.key.encode()).hexdigest()
-
 
 class Source(Protocol):
     """An addressable sequence of questions."""
@@ -166,14 +161,20 @@ class Epochs:
 
 
 def read_jsonl(
-    path: Path, domain: str, *, needs_answer: bool, check: Callable[[Mapping[str, Any], str], object] | None = None
+    path: Path,
+    domain: str,
+    *,
+    needs_answer: bool,
+    check: Callable[[Mapping[str, Any], str], object] | None = None,
+    key: str | None = None,
 ) -> list[Item]:
     """The lines of `domain`: those without a "domain", and those that name this one.
 
     Each line is {"prompt": text | "messages": [{"role", "content"}, ...], "answer": text, "domain"?: text};
     blank lines are skipped. `check(line, "file:number")` looks at what else the verifier needs of a line.
-    Raises ConfigError with file and line for a broken one, and for no line at all.
+    Raises ConfigError with file and line for a broken one, and, naming the configuration key `key`, for no line.
     """
+    key = key or f"domains.{domain}.source"
     items = []
     lines = 0
     try:
@@ -187,19 +188,19 @@ def read_jsonl(
                             check(item.record, f"{path}:{number}")
                         items.append(item)
     except OSError as error:
-        raise ConfigError(f"domains.{domain}.source: {path}: {error.strerror}") from None
+        raise ConfigError(f"{key}: {path}: {error.strerror}") from None
     if not lines:
-        raise ConfigError(f"domains.{domain}.source: {path} is empty")
+        raise ConfigError(f"{key}: {path} is empty")
     if not items:
-        raise ConfigError(f"domains.{domain}.source: none of the {lines} lines of {path} is of domain '{domain}'")
+        raise ConfigError(f"{key}: none of the {lines} lines of {path} is of domain '{domain}'")
     return items
 
 
-def split_held_out(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """(training, held out): a question is held out when sha256 of its text is 0 mod 10."""
+def split_off_tenth(items: Sequence[Item], tenth: int) -> tuple[list[Item], list[Item]]:
+    """(the rest, the questions whose text's sha256 is `tenth` mod 10): the same ones in every file and order."""
     parts: tuple[list[Item], list[Item]] = ([], [])
     for item in items:
-        parts[int(hashlib.sha256(item.key.encode()).hexdigest(), 16) % 10 == 0].append(item)
+        parts[int(hashlib.sha256(item.key.encode()).hexdigest(), 16) % 10 == tenth].append(item)
     return parts
 
 

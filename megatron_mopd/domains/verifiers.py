@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mopd.config import DomainSpec, RunConfig
+from megatron_mopd.config import DomainSpec
 from megatron_mopd.domains.command import Question, question_text, score_by_command
 from megatron_mopd.domains.ifeval import judge, read_instructions
 from megatron_mopd.domains.reasoning import after_reasoning
@@ -26,6 +26,8 @@ from megatron_mopd.yaml_config import ConfigError
 CPU_SECONDS_PER_ANSWER = 5.0
 """After which a response that keeps its scorer busy counts as wrong. CPU time, not the clock's: a
 reward must not depend on how busy the machine is."""
+FULL_SCORE = 1.0 - 1e-6
+"""An answer is right from here on: partial credit, which some tasks give, is for RL only."""
 _NO_ALARM = 10**6
 """math-verify's own limits are by the clock, and switching them off logs a warning per process."""
 
@@ -87,20 +89,20 @@ class _TooSlow(BaseException):
     """Not an Exception: several scorers catch those all and would go on."""
 
 
-def verify(rollouts: Sequence[Rollout], config: RunConfig, tokenizer: Tokenizer) -> list[Rollout]:
-    """The rollouts with `reward` set by their domain's verifier; truncated responses are scored as they are.
+def verify(rollouts: Sequence[Rollout], domains: Mapping[str, DomainSpec], tokenizer: Tokenizer) -> list[Rollout]:
+    """The rollouts with `reward` set by the verifier of their domain; truncated responses are scored as they are.
 
     Must run in a process's main thread: its time limits use signals (SIGVTALRM; math-verify's, SIGALRM).
     """
     responses = [tokenizer.decode(rollout.response_ids) for rollout in rollouts]
     rewards = [0.0] * len(rollouts)
     for name in dict.fromkeys(rollout.domain for rollout in rollouts):
-        spec = config.domains[name]
+        spec = domains[name]
         own = [index for index, rollout in enumerate(rollouts) if rollout.domain == name]
         if spec.verifier == "command":
             scores = _score_by_command(name, spec, [(responses[index], rollouts[index]) for index in own])
         else:
-            scores = [score(responses[index], rollouts[index], config.domains) for index in own]
+            scores = [score(responses[index], rollouts[index], domains) for index in own]
         for index, reward in zip(own, scores, strict=True):
             rewards[index] = reward
     return [dataclasses.replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_mopd.config import RunConfig
+from megatron_mopd.config import DomainSpec, RunConfig
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.domains.verifiers import group_advantages, verify
 from megatron_mopd.parallel.runtime import World
@@ -68,9 +68,18 @@ class Collector:
         return kept
 
     def sample(
-        self, prompts: Sequence[Prompt], *, seed: int, samples: int | None = None, sampling: Sampling | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        samples: int | None = None,
+        sampling: Sampling | None = None,
+        domains: Mapping[str, DomainSpec] | None = None,
     ) -> list[Rollout]:
-        """Verified rollouts of `prompts`, in their order, on every rank. Collective."""
+        """Verified rollouts of `prompts`, in their order, on every rank. Collective.
+
+        `domains` says how to verify prompts that are of none of the configuration's domains.
+        """
         spec = self._config.rollout
         sampling = sampling or Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k)
         own = range(self._world.rank, len(prompts), self._world.size)
@@ -83,7 +92,7 @@ class Collector:
         if isinstance(self._engine, StoredAnswers):
             return _share(rollouts, None, prompts, self._world)
         try:
-            rollouts, problem = verify(rollouts, self._config, self._tokenizer), None
+            rollouts, problem = verify(rollouts, domains or self._config.domains, self._tokenizer), None
         except ConfigError as error:  # of one rank's prompt: the others must hear of it, not wait for it
             rollouts, problem = [], str(error)
         return _share(rollouts, problem, prompts, self._world)

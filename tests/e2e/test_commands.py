@@ -71,9 +71,43 @@ def test_eval_and_export_agree(runs: Path) -> None:
         assert result.returncode == 0, result.stderr
         scores.append(json.loads(result.stdout))
     assert scores[0] == scores[1]
-    assert scores[0].keys() == set("abc")
+    assert scores[0]["domains"].keys() == set("abc")
     logged = read_records(runs / "plain" / "metrics.jsonl", "eval")
     assert [record["step"] for record in logged] == [0]
+
+
+def test_eval_of_everything_does_not_depend_on_the_layout(models: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"{i}+{i}", "answer": str(2 * i)} for i in range(5)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "a text of some length " * 20}) + "\n")
+    limits = {"max_prompt_tokens": 200, "max_response_tokens": 4}
+    sums = {"source": {"jsonl": str(tmp_path / "b.jsonl")}, "verifier": "math", "samples": 3, **limits}
+    gcd = {"source": {"reasoning_gym": "gcd"}, "prompts": 4, **limits}
+    tree = run_tree(models, tmp_path / "run")
+    tree["evaluation"] = {
+        "prompts": 6,
+        "validation_prompts": 5,
+        "samples": 2,
+        "pass_at": [1, 2],
+        "perplexity": str(tmp_path / "t.jsonl"),
+        "benchmarks": {"sums": sums},
+        "out_of_domain": {"gcd": gcd},
+    }
+    config = str(write_run(tmp_path / "run.yaml", tree))
+    results = []
+    for layout in ((), ("parallel.pipeline=2", "parallel.tensor=2", "parallel.expert=2", "parallel.ranks=4")):
+        result = mopd("eval", config, "--checkpoint", str(models / "student"), "--split", "validation", *layout)
+        assert result.returncode == 0, result.stderr
+        results.append(json.loads(result.stdout))
+    plain, cut = results
+    assert cut.pop("perplexity") == pytest.approx(plain.pop("perplexity"), rel=1e-5)
+    assert cut == plain
+    assert plain["split"] == "validation"
+    for domain in "abc":
+        score = plain["domains"][domain]
+        assert (score["prompts"], score["samples"], score["pass_at"].keys()) == (5, 2, {"1", "2"})
+    assert (plain["benchmarks"]["sums"]["prompts"], plain["benchmarks"]["sums"]["samples"]) == (5, 3)
+    assert (plain["out_of_domain"]["gcd"]["prompts"], plain["perplexity_tokens"]) == (4, 439)
 
 
 def test_grpo_compares_with_the_distribution_that_was_sampled(models: Path, tmp_path: Path) -> None:

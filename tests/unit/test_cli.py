@@ -40,7 +40,7 @@ def config_file(tmp_path: Path) -> Path:
 def launchable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out what needs a model on disk: these tests are about what comes before and after."""
     monkeypatch.setattr(preflight, "check", lambda config, world_size: None)
-    monkeypatch.setattr(preflight, "check_evaluation", lambda config, checkpoint, world_size: None)
+    monkeypatch.setattr(preflight, "check_evaluation", lambda config, checkpoint, world_size, split: None)
     monkeypatch.setattr(launch, "PRELOAD", ())
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -158,10 +158,12 @@ def test_run_starts_the_ranks_of_the_file(config_file: Path, monkeypatch: pytest
 def test_eval_prints_what_rank_0_found(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_evaluate_rank", lambda config, checkpoint: {checkpoint: float(config.steps)})
+    monkeypatch.setattr(cli, "_evaluate_rank", lambda config, checkpoint, split: {split: {checkpoint: config.steps}})
     # Overrides may stand after options.
     assert cli.main(["eval", str(config_file), "--checkpoint", "there", "steps=9", "seed=1"]) == 0
-    assert json.loads(capfd.readouterr().out) == {"there": 9.0}
+    assert json.loads(capfd.readouterr().out) == {"held_out": {"there": 9}}
+    assert cli.main(["eval", str(config_file), "--checkpoint", "there", "--split", "validation"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"validation": {"there": 3}}
 
 
 @pytest.mark.usefixtures("launchable")

@@ -261,7 +261,7 @@ def _mopd_without(old: str, new: str) -> str:
         (
             SFT,
             ["domains.a.source={jsonl: x, max_digits: 2}"],
-            "domains.a.source: unknown key 'max_digits'. Known keys: jsonl, held_out.",
+            "domains.a.source: unknown key 'max_digits'. Known keys: jsonl, held_out, validation.",
         ),
         (SFT, ["domains.a.source={jsonl: x}"], "domains.a: verifier: 'task' needs a reasoning_gym source"),
         (SFT, ["domains={}"], "domains: is empty; name at least one domain with a source"),
@@ -395,6 +395,7 @@ def test_a_saved_configuration_shows_every_default(tmp_path: Path) -> None:
         "reasoning_gym": "chain_sum",
         "jsonl": None,
         "held_out": None,
+        "validation": None,
         "max_digits": 2,
     }
     assert set(tree["optim"]) == {field.name for field in fields(config.optim)}

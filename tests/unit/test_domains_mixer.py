@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from megatron_mopd.config import (
+    BenchmarkSpec,
     DomainSpec,
     EvalSpec,
     ModelSpec,
@@ -74,8 +77,16 @@ def lines(path: Path, held_out: Path | None = None, **changes: Any) -> dict[str,
     return {"lines": DomainSpec(source=source, verifier="exact", **changes)}
 
 
-def facts(prompts: list[Prompt]) -> list[tuple[Any, ...]]:
+def facts(prompts: Sequence[Prompt]) -> list[tuple[Any, ...]]:
     return [(p.id, p.domain, p.token_ids.tolist(), p.answer, p.max_response_tokens, dict(p.record)) for p in prompts]
+
+
+def texts(tokenizer: Tokenizer, prompts: Iterable[Prompt]) -> set[str]:
+    return {tokenizer.decode(prompt.token_ids) for prompt in prompts}
+
+
+def sha(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
 def shares(prompts: list[Prompt]) -> dict[str, int]:
@@ -192,20 +203,93 @@ def test_too_long_prompts_are_left_out_and_counted(tokenizer: Tokenizer, tmp_pat
         short.held_out("lines")
 
 
-def test_a_held_out_file_is_never_trained_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(30)])
+def test_a_held_out_file_is_all_kept_out_of_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(20)])
     other = jsonl(tmp_path / "y.jsonl", [f"q{i}" for i in range(20, 40)] * 2)
-    mixer = DomainMixer(run_config(lines(path, other), prompts=5), tokenizer)
-    assert {tokenizer.decode(p.token_ids) for p in mixer.draw(60)} == {f"q{i}" for i in range(20)}
-    assert len({p.id for p in mixer.draw(60)}) == 60  # the index goes on over the epochs
-    assert len({tuple(p.token_ids) for p in mixer.held_out("lines")}) == 5
-    assert mixer.counts()["lines"]["held_out_skipped"] in range(50, 71)
+    more = jsonl(tmp_path / "z.jsonl", [f"q{i}" for i in range(30, 60)])
+    domains = lines(path, other) | {"more": lines(more)["lines"]}
+    mixer = DomainMixer(run_config(domains, prompts=5), tokenizer)
+    drawn = mixer.draw(240)
+    assert texts(tokenizer, [p for p in drawn if p.domain == "lines"]) == {f"q{i}" for i in range(20)}
+    assert len({p.id for p in drawn}) == 240  # the index goes on over the epochs
+    assert len(texts(tokenizer, mixer.held_out("lines"))) == 5
+    # The other domain's file has ten of the twenty, used or not, and its own tenth to hold out.
+    own = {f"q{i}" for i in range(30, 60) if sha(f"q{i}") % 10 == 0}
+    assert texts(tokenizer, [p for p in drawn if p.domain == "more"]) == {f"q{i}" for i in range(40, 60)} - own
+    assert mixer.counts()["lines"]["held_out_skipped"] == 0
+    assert mixer.counts()["more"]["held_out_skipped"] > 30
+
+
+def test_files_that_share_questions_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(30)])
+    other = jsonl(tmp_path / "y.jsonl", [f"q{i}" for i in range(28, 40)] * 2)
+    with pytest.raises(ConfigError, match=r"domains\.lines\.source: 2 questions of \S+y\.jsonl are also in \S+x\.j"):
+        DomainMixer(run_config(lines(path, other)), tokenizer)
+    held_out = jsonl(tmp_path / "h.jsonl", ["q40", "q41"])
+    source = SourceSpec(jsonl=str(path), held_out=str(held_out), validation=str(jsonl(tmp_path / "v.jsonl", ["q41"])))
+    domains = {"lines": DomainSpec(source=source, verifier="exact")}
+    with pytest.raises(ConfigError, match=r"1 questions of \S+v\.jsonl are also in \S+h\.jsonl, one is 'q41'"):
+        DomainMixer(run_config(domains, validation_prompts=1), tokenizer)
+    with pytest.raises(ConfigError, match=r"domains\.lines\.source\.validation: evaluation\.validation_prompts is 0"):
+        run_config(domains)
+
+
+def test_validation_prompts_are_apart_from_training_and_held_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    small = SourceSpec(reasoning_gym="chain_sum", params={"min_terms": 2, "max_terms": 2, "max_digits": 1})
+    path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(100)])
+    domains = {"math": DomainSpec(source=small), "lines": lines(path)["lines"]}
+    without = DomainMixer(run_config(domains, prompts=60), tokenizer)
+    mixer = DomainMixer(run_config(domains, prompts=60, validation_prompts=40), tokenizer)
+    tenths = [sum(sha(f"q{i}") % 10 == place for i in range(100)) for place in (0, 1)]
+    drawn = mixer.draw(2400)
+    for domain, sizes in {"math": [60, 40, 100], "lines": [*tenths, 100 - sum(tenths)]}.items():
+        held_out, validation = mixer.held_out(domain), mixer.split(domain, "validation").prompts
+        assert facts(held_out) == facts(without.held_out(domain))
+        assert validation[0].id.startswith(f"{domain}/validation/")
+        parts = [texts(tokenizer, part) for part in (held_out, validation, [p for p in drawn if p.domain == domain])]
+        assert [len(part) for part in parts] == sizes
+        assert len(set().union(*parts)) == sum(sizes)
+    with pytest.raises(ConfigError, match=r"evaluation\.validation_prompts: is 0"):
+        without.split("math", "validation")
+
+
+def test_the_prompts_of_a_run_without_validation_are_those_of_earlier_versions(tokenizer: Tokenizer) -> None:
+    mixer = DomainMixer(run_config(three(), seed=1), tokenizer)
+    ids = json.dumps([p.token_ids.tolist() for p in [*mixer.draw(50), *mixer.held_out("gcd")]])
+    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == "dd5647f2d8d4039f"  # of the commit 1bd3cc5
+
+
+def test_benchmarks_are_kept_out_of_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(50)])
+    bench = jsonl(tmp_path / "b.jsonl", ["q3", "q4", "far too long for the limit", "new", "new"])
+    task = BenchmarkSpec(source=SourceSpec(jsonl=str(bench)), verifier="exact", max_prompt_tokens=7, system_prompt="s")
+    other = BenchmarkSpec(source=SPELL, prompts=7)
+    mixer = DomainMixer(run_config(lines(path), benchmarks={"b": task}, out_of_domain={"spell": other}), tokenizer)
+    found = mixer.benchmark("benchmarks", "b")
+    assert found.too_long == 1
+    assert sorted(tokenizer.decode(p.token_ids) for p in found.prompts) == ["snew", "sq3", "sq4"]
+    assert {p.domain for p in found.prompts} == {"b"}
+    assert all(p.id.startswith("benchmarks.b/") for p in found.prompts)
+    assert len(mixer.benchmark("out_of_domain", "spell").prompts) == 7
+    assert not texts(tokenizer, mixer.draw(200)) & {"q3", "q4"}
+
+
+def test_a_benchmark_that_cannot_be_used_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    bench = jsonl(tmp_path / "b.jsonl", ["q3"])
+    domains = {"math": DomainSpec(source=SUM)}
+    task = BenchmarkSpec(source=SourceSpec(jsonl=str(bench)), verifier="exact", max_prompt_tokens=2)
+    with pytest.raises(ConfigError, match=r"evaluation\.benchmarks\.b: no prompt within max_prompt_tokens"):
+        DomainMixer(run_config(domains, benchmarks={"b": task}), tokenizer).check()
+    gone = dataclasses.replace(task, source=SourceSpec(jsonl=str(tmp_path / "gone.jsonl")))
+    with pytest.raises(ConfigError, match=r"evaluation\.benchmarks\.b\.source: \S+gone\.jsonl: No such file"):
+        DomainMixer(run_config(domains, benchmarks={"b": gone}), tokenizer).check()
+    unknown = BenchmarkSpec(source=SourceSpec(reasoning_gym="chain_sums"))
+    with pytest.raises(ConfigError, match=r"evaluation\.out_of_domain\.o\.source\.reasoning_gym: no task 'chain_sums'"):
+        DomainMixer(run_config(domains, out_of_domain={"o": unknown}), tokenizer).check()
 
 
 def test_one_line_that_is_held_out_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    import hashlib
-
-    name = next(f"q{i}" for i in range(99) if int(hashlib.sha256(f"q{i}".encode()).hexdigest(), 16) % 10 == 0)
+    name = next(f"q{i}" for i in range(99) if sha(f"q{i}") % 10 == 0)
     path = jsonl(tmp_path / "x.jsonl", [name])
     with pytest.raises(ConfigError, match=r"domains\.lines\.source: all 1 prompts of .* fall into the held-out tenth"):
         DomainMixer(run_config(lines(path)), tokenizer)

@@ -16,7 +16,7 @@ from megatron_mopd.domains.source import (
     build_task,
     derive_seed,
     read_jsonl,
-    split_held_out,
+    split_off_tenth,
     unit_interval,
 )
 from megatron_mopd.yaml_config import ConfigError
@@ -184,7 +184,7 @@ def test_every_epoch_has_all_lines_in_another_order(tmp_path: Path) -> None:
 
 def test_a_tenth_is_held_out_by_the_hash_of_the_prompt(tmp_path: Path) -> None:
     items = read_jsonl(numbered(tmp_path / "x.jsonl", 2000), "math", needs_answer=True)
-    training, held_out = split_held_out(items)
+    training, held_out = split_off_tenth(items, 0)
     assert len(training) + len(held_out) == 2000
     assert 160 < len(held_out) < 240
     expected = {

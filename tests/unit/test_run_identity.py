@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mopd.config import DomainSpec, ModelSpec, ObjectiveSpec, OptimSpec, RunConfig, SourceSpec
-from megatron_mopd.run_identity import check_same_run, lock_run_folder, run_identity
+from megatron_mopd.run_identity import check_same_run, run_identity
+from megatron_mopd.run_lock import lock_run_folder
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.yaml_config import ConfigError
 
@@ -67,7 +68,7 @@ def test_what_makes_it_another_run_is_named(change: dict, difference: str, tmp_p
 
 def test_a_folder_is_locked_until_its_run_ends(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from megatron_mopd.run_identity import lock_run_folder;"
+        "import sys; from pathlib import Path; from megatron_mopd.run_lock import lock_run_folder;"
         f"file = lock_run_folder(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -108,7 +108,8 @@ def test_task_reward_is_the_tasks_own_score(tokenizer: Tokenizer) -> None:
         f" {right}\n",
         f"<think>hm</think><answer>{right}</answer>",
     ]
-    rewards = [r.reward for r in verify([answered(tokenizer, prompt, text) for text in texts], config, tokenizer)]
+    rollouts = [answered(tokenizer, prompt, text) for text in texts]
+    rewards = [r.reward for r in verify(rollouts, config.domains, tokenizer)]
     assert rewards == [1.0, 1.0, 0.5, 0.0, 0.0, 1.0, 1.0]
 
 
@@ -116,7 +117,7 @@ def test_a_truncated_response_is_scored(tokenizer: Tokenizer) -> None:
     config = run_config(lines=DomainSpec(source=LINES, verifier="exact"))
     prompt = question(tokenizer, "lines", "ab")
     rollouts = [answered(tokenizer, prompt, text, stop="length") for text in ("ab", "abc")]
-    assert [r.reward for r in verify(rollouts, config, tokenizer)] == [1.0, 0.0]
+    assert [r.reward for r in verify(rollouts, config.domains, tokenizer)] == [1.0, 0.0]
 
 
 def test_each_rollout_is_scored_by_its_own_domain(tokenizer: Tokenizer) -> None:
@@ -127,7 +128,7 @@ def test_each_rollout_is_scored_by_its_own_domain(tokenizer: Tokenizer) -> None:
         none=DomainSpec(source=LINES, verifier="none"),
     )
     rollouts = [answered(tokenizer, question(tokenizer, d, "1/2"), "0.5") for d in ("none", "math", "exact", "math")]
-    assert [r.reward for r in verify(rollouts, config, tokenizer)] == [0.0, 1.0, 0.0, 1.0]
+    assert [r.reward for r in verify(rollouts, config.domains, tokenizer)] == [0.0, 1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
