@@ -12,15 +12,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_lanes import LN2, LOG2E, NEG, excess, exp, lane_max, lane_sum, load_masked, recentre, tile_columns
+from kernels.triton_lanes import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    NEG,
+    below,
+    excess,
+    exp,
+    lane_max,
+    lane_sum,
+    load_masked,
+    recentre,
+    recentre_by,
+    tile_columns,
+)
 
 
 @triton.jit
 def _add_tile(m, n, Z, F, D, A, E, B, z, t, BOTH: tl.constexpr):
-    """Finite logits only. D, A, E, B in bits, see `recentre`."""
+    """Finite logits only. D, A, E, B in bits, see `recentre_by`."""
     m_new = tl.maximum(m, lane_max(z))
     n_new = tl.maximum(n, lane_max(t))
-    Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, (m - m_new) * LOG2E, (n - n_new) * LOG2E)
+    p, q = (m - m_new) * LOG2E, (n - n_new) * LOG2E
+    Z, F, D, A, E, B = recentre_by(Z, F, D, A, E, B, p, q, p, q)
     x = (z - m_new[None, :, None]) * LOG2E
     y = (t - n_new[None, :, None]) * LOG2E
     e = tl.exp2(x)
@@ -84,7 +99,7 @@ def _add_exact_tile(m, n, c, d, Z, F, D, A, E, B, z, t, BOTH: tl.constexpr):
 def _add_masked_columns(
     S, T, low, high, columns, m, n, Z, F, D, A, E, B, BOTH: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr
 ):
-    """Columns [low, high), bounds at multiples of a tile or at `columns`; logits may be -inf."""
+    """Columns [low, high), bounds at multiples of a tile or at `columns`; logits may be -inf, or NaN, which stays."""
     tile = tile_columns(1, LANES, VEC)
     for i in range(low, high, LANES * VEC):
         # Only the divisibility of `columns` is known to the compiler: it makes the masked loads 16 bytes wide.
@@ -92,18 +107,18 @@ def _add_masked_columns(
         t = load_masked(T, i + tile, i + tile < columns)
         m_new = tl.maximum(m, lane_max(z))
         n_new = tl.maximum(n, lane_max(t))
-        Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, (m - m_new) * LOG2E, (n - n_new) * LOG2E)
-        x = (z - m_new[None, :, None]) * LOG2E
-        y = (t - n_new[None, :, None]) * LOG2E
-        e = tl.where(z > NEG, tl.exp2(x), 0.0)
-        f = tl.where(t > NEG, tl.exp2(y), 0.0)
+        Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, m, n, m_new, n_new)
+        x = below(z, m_new[None, :, None])
+        y = below(t, n_new[None, :, None])
+        e = tl.exp2(x)
+        f = tl.exp2(y)
+        u = y - x
         Z += lane_sum(e)
-        # Where one of them is masked, and perhaps all of a lane, x and y say nothing about e and f.
-        F += lane_sum(excess(e, f, tl.where((z > NEG) & (t > NEG), y - x, 1.0)))
-        D += lane_sum(e * (x - y))
+        F += lane_sum(excess(e, f, u))
+        D -= lane_sum(e * u)
         A += lane_sum(e * x)
         if BOTH:
-            E += lane_sum(f * (y - x))
+            E += lane_sum(f * u)
             B += lane_sum(f * y)
         m, n = m_new, n_new
     return m, n, Z, F, D, A, E, B
@@ -131,9 +146,9 @@ def divergence_sums_kernel(
 
     `width` is a multiple of LANES * VEC, or there is one split.
 
-    The loop assumes finite logits. Where there was a -inf the sums are not finite, and the row is read again by
-    the masked loop, which minds them: masked logits are rare, and minding them always costs two instructions
-    per column.
+    The loop assumes finite logits. Where there was a -inf or a NaN the sums are not finite, and the row is read again
+    by the masked loop, which minds them: masked logits are rare, and minding them always costs two instructions per
+    column. So a finite logit more than 1e4 below its maximum counts as it is in the loop, as 1e4 below behind it.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -158,9 +173,9 @@ def divergence_sums_kernel(
             t = tl.load(T + i + tile).to(tl.float32)
             m, n, c, d, Z, F, D, A, E, B = _add_exact_tile(m, n, c, d, Z, F, D, A, E, B, z, t, BOTH)
         if tail > start:
-            below, teacher_below = tl.fma(m, 0.0 - LOG2E, c), tl.fma(n, 0.0 - LOG2E, d)
-            Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, below, teacher_below)
-            D = tl.where(tl.maximum(below, teacher_below) < FAR, D, float("inf"))
+            p, q = tl.fma(m, 0.0 - LOG2E, c), tl.fma(n, 0.0 - LOG2E, d)
+            Z, F, D, A, E, B = recentre_by(Z, F, D, A, E, B, p, q, p, q)
+            D = tl.where(tl.maximum(p, q) < FAR, D, float("inf"))
     else:
         for i in range(start, tail, STEP):
             z = tl.load(S + i + tile).to(tl.float32)
@@ -174,7 +189,7 @@ def divergence_sums_kernel(
     m, n, Z, F, D, A, E, B = _add_masked_columns(S, T, start, again, columns, m, n, Z, F, D, A, E, B, BOTH, LANES, VEC)
     m, n, Z, F, D, A, E, B = _add_masked_columns(S, T, tail, stop, columns, m, n, Z, F, D, A, E, B, BOTH, LANES, VEC)
     m_row, n_row = tl.max(m, 0), tl.max(n, 0)
-    Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, (m - m_row) * LOG2E, (n - n_row) * LOG2E)
+    Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, m, n, m_row, n_row)
     sums = 6 + 2 * BOTH
     _store_sums(
         OUT + split.to(tl.int64) * sums * rows + row, rows, m_row, tl.sum(Z, 0), n_row, tl.sum(F, 0),
@@ -205,9 +220,9 @@ def merge_splits_kernel(PARTS, OUT, rows, splits, BOTH: tl.constexpr, BLOCK: tl.
             E_part = tl.load(P + 6 * rows, mask=inside, other=0.0) * LOG2E
             B_part = tl.load(P + 7 * rows, mask=inside, other=0.0) * LOG2E
         m_new, n_new = tl.maximum(m, m_part), tl.maximum(n, n_part)
-        Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, (m - m_new) * LOG2E, (n - n_new) * LOG2E)
+        Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, m, n, m_new, n_new)
         Z_part, F_part, D_part, A_part, E_part, B_part = recentre(
-            Z_part, F_part, D_part, A_part, E_part, B_part, (m_part - m_new) * LOG2E, (n_part - n_new) * LOG2E
+            Z_part, F_part, D_part, A_part, E_part, B_part, m_part, n_part, m_new, n_new
         )
         Z, F, D, A, E, B = Z + Z_part, F + F_part, D + D_part, A + A_part, E + E_part, B + B_part
         m, n = m_new, n_new
@@ -223,9 +238,9 @@ def _store_gradient(
         inside = column < columns
         z = tl.load(S + column, mask=inside, other=0.0).to(tl.float32)
         t = tl.load(T + column, mask=inside, other=0.0).to(tl.float32)
-        # Clamped, a -inf logit gives 0 and not 0 * inf.
-        x = tl.maximum(z - m, NEG)
-        y = tl.maximum(t - n, NEG)
+        # A -inf counts as LOWEST, as in the sums. In a row with a NaN r0 and r1 are NaN.
+        x = tl.maximum(z - m, LOWEST)
+        y = tl.maximum(t - n, LOWEST)
         gradient = exp(x) * (r0 * (x - y) + r1)
         if TEACHER:
             gradient += r2 * exp(y)

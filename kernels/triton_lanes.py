@@ -18,6 +18,9 @@ NEG = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+LOWEST = tl.constexpr(-1.0e4)
+"""Below its maximum a logit counts as this, also -inf: e^LOWEST is 0, and 0 * LOWEST too."""
+
 
 @triton.jit
 def exp(x):
@@ -46,9 +49,21 @@ def tile_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def at_least(low: tl.constexpr, x):
+    """The larger one, in one instruction; NaN stays NaN."""
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def load_masked(pointer, columns, inside):
     """fp32 logits; NEG outside and for -inf."""
-    return tl.where(inside, tl.maximum(tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32), NEG), NEG)
+    return tl.where(inside, at_least(NEG, tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32)), NEG)
+
+
+@triton.jit
+def below(z, m):
+    """Bits from the maximum down to a masked logit, at most LOWEST: also where m is the maximum of nothing."""
+    return tl.where(z <= NEG, LOWEST, at_least(LOWEST, z - m)) * LOG2E
 
 
 _NEARLY_EQUAL = tl.constexpr(0.18)
@@ -91,18 +106,31 @@ it is e (2^u - 1) by its Taylor series.
 
 
 @triton.jit
-def recentre(Z, F, D, A, E, B, dm, dn):
-    """Sums about (m, n) -> sums about (m - dm, n - dn): dm = old - new student maximum, dn the teacher's, in bits.
+def _moved(old, new):
+    """How far x moves with its maximum, as in x at most LOWEST; what counts as LOWEST below nothing does not move."""
+    return tl.where(old <= NEG, 0.0, at_least(LOWEST, old - new)) * LOG2E
 
-    All but Z and F are in bits, too: what stands beside an exponential is then the very number it is made of, and
-    the rounding of x log2(e) perturbs the logits, to which the divergence is blind in first order.
+
+@triton.jit
+def recentre_by(Z, F, D, A, E, B, p, q, dm, dn):
+    """Sums about (m, n) -> sums about (m - p, n - q), all in bits, where x moves by dm and y by dn: by p and q, too,
+    but for what counts as LOWEST.
+
+    All but Z and F are in bits: what stands beside an exponential is then the very number it is made of, and the
+    rounding of x log2(e) perturbs the logits, to which the divergence is blind in first order.
     """
-    a = tl.exp2(dm)
-    b = tl.exp2(dn)
+    a, b = tl.exp2(p), tl.exp2(q)
     W = Z + F
     E = b * (E + (dn - dm) * W)
     B = b * (B + dn * W)
     D = a * (D + (dm - dn) * Z)
     A = a * (A + dm * Z)
-    F = b * F + excess(a, b, dn - dm) * Z
+    F = b * F + excess(a, b, q - p) * Z
     return a * Z, F, D, A, E, B
+
+
+@triton.jit
+def recentre(Z, F, D, A, E, B, m, n, m_new, n_new):
+    """Sums about the maxima (m, n) -> sums about (m_new, n_new), which are not lower."""
+    p, q = (m - m_new) * LOG2E, (n - n_new) * LOG2E
+    return recentre_by(Z, F, D, A, E, B, p, q, _moved(m, m_new), _moved(n, n_new))

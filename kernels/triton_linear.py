@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_lanes import LN2, LOG2E, NEG, excess, exp, recentre
+from kernels.triton_lanes import LN2, LOG2E, LOWEST, NEG, at_least, excess, exp, recentre
 
 
 @triton.jit
@@ -53,8 +53,8 @@ def _add(Z, F, D, A, E, B, z, t, m, n, BOTH: tl.constexpr, PARTS: tl.constexpr):
         Z, F, D, A, E, B = _add(Z, F, D, A, E, B, z_left, t_left, m, n, BOTH, PARTS // 2)
         Z, F, D, A, E, B = _add(Z, F, D, A, E, B, z_right, t_right, m, n, BOTH, PARTS // 2)
     else:
-        x = (z - m[:, None]) * LOG2E
-        y = (t - n[:, None]) * LOG2E
+        x = at_least(LOWEST, z - m[:, None]) * LOG2E
+        y = at_least(LOWEST, t - n[:, None]) * LOG2E
         e = tl.exp2(x)
         f = tl.exp2(y)
         u = y - x
@@ -97,11 +97,11 @@ def linear_sums_kernel(
         inside = column < here
         z = _logits(X, W, token, token_inside, column, inside, stride_x, stride_w, scale, H, BM, BN, BK)
         t = _logits(XT, WT, token, token_inside, column, inside, stride_xt, stride_wt, scale, HT, BM, BN, BK)
-        z = tl.where(inside[None, :], z, NEG)
-        t = tl.where(inside[None, :], t, NEG)
+        z = tl.where(inside[None, :], z, -float("inf"))
+        t = tl.where(inside[None, :], t, -float("inf"))
         m_new = tl.maximum(m, tl.max(z, 1))
         n_new = tl.maximum(n, tl.max(t, 1))
-        Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, (m - m_new) * LOG2E, (n - n_new) * LOG2E)
+        Z, F, D, A, E, B = recentre(Z, F, D, A, E, B, m, n, m_new, n_new)
         Z, F, D, A, E, B = _add(Z, F, D, A, E, B, z, t, m_new, n_new, BOTH, PARTS)
         m, n = m_new, n_new
     sums = 6 + 2 * BOTH
@@ -141,6 +141,8 @@ def linear_gradient_kernel(
     y = t - tl.load(ROWS + tokens, mask=token_inside, other=0.0)[:, None]
     r0 = tl.load(ROWS + 2 * tokens, mask=token_inside, other=0.0)[:, None]
     r1 = tl.load(ROWS + 3 * tokens, mask=token_inside, other=0.0)[:, None]
+    # A -inf counts as LOWEST, as in the sums. In a row with a NaN r0 and r1 are NaN.
+    x, y = tl.maximum(x, LOWEST), tl.maximum(y, LOWEST)
     gradient = exp(x) * (r0 * (x - y) + r1)
     if TEACHER:
         gradient += tl.load(ROWS + 4 * tokens, mask=token_inside, other=0.0)[:, None] * exp(y)

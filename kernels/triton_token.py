@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_lanes import NEG, exp, lane_max, lane_sum, load_masked, tile_columns
+from kernels.triton_lanes import LN2, NEG, below, exp, lane_max, lane_sum, load_masked, tile_columns
 
 
 @triton.jit
@@ -18,16 +18,16 @@ def _recentre(Z, A, dm):
 
 @triton.jit
 def _add_masked_columns(S, low, high, columns, m, Z, A, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Columns [low, high), bounds at multiples of a tile or at `columns`; logits may be -inf."""
+    """Columns [low, high), bounds at multiples of a tile or at `columns`; logits may be -inf, or NaN, which stays."""
     tile = tile_columns(1, LANES, VEC)
     for i in range(low, high, LANES * VEC):
         z = load_masked(S, i + tile, i + tile < columns)
         m_new = tl.maximum(m, lane_max(z))
         Z, A = _recentre(Z, A, m - m_new)
-        x = z - m_new[None, :, None]
-        e = tl.where(z > NEG, exp(x), 0.0)
+        x = below(z, m_new[None, :, None])
+        e = tl.exp2(x)
         Z += lane_sum(e)
-        A += lane_sum(e * x)
+        A += lane_sum(e * x) * LN2
         m = m_new
     return m, Z, A
 

@@ -25,8 +25,9 @@ def run_interpreted(name: str) -> None:
     assert "skipped" not in result.stdout
 
 
-def test_interpreted_kernels() -> None:
-    run_interpreted("triton_interpreted.py")
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_excluded_interpreted.py"])
+def test_interpreted_kernels(name: str) -> None:
+    run_interpreted(name)
 
 
 def test_cpu_tensors_without_the_interpreter() -> None:

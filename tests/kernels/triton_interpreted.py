@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kernels import rows_triton
+from tests.kernels import gpu_arithmetic
 
-
-def _fused_multiply_add(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-    """One rounding, as on a GPU; the interpreter's own has two."""
-    exact = x.data.astype(np.float64) * y.data + z.data
-    return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-
-InterpreterBuilder.create_fma = _fused_multiply_add
+gpu_arithmetic.install()
 
 FLOOR = 1.5e-8
 """Nats: where logits are bf16, or a column is in the tail, e^y - e^x carries the roundings of both."""
@@ -152,37 +144,6 @@ def test_bf16_logits() -> None:
     assert error(found["reverse"], kl(student, teacher)) < 1e-5
     mixed = merged([rows_triton.divergence_sums(student.float(), teacher, both=True)])
     assert error(mixed["reverse"], kl(student, teacher)) < 1e-5
-
-
-@pytest.mark.parametrize("columns", [151, WIDE])
-def test_masked_logits(columns: int) -> None:
-    student, teacher = logits(4, columns, 0.5)
-    student[0, 5:90] = teacher[0, 5:90] = -torch.inf
-    student[1, 3:60] = -torch.inf
-    student[2, :-1] = teacher[2, :-1] = -torch.inf
-    found = merged([rows_triton.divergence_sums(student, teacher, both=True)])
-    want = kl(student, teacher)
-    assert ((found["reverse"] - want).abs() <= 1e-5 * want + 1e-7).all(), (found["reverse"], want)
-    assert error(found["entropy"][[0, 1, 3]], entropy(student)[[0, 1, 3]]) < 2e-6
-    assert found["forward"][1] > 1e20  # the teacher likes what is impossible for the student
-    rows = gradient_rows(student, teacher, "reverse")
-    out = rows_triton.divergence_gradient(student, teacher, rows, torch.empty_like(student))
-    p, q = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
-    exact = torch.nan_to_num(p.exp() * (p - q - want[:, None]))
-    assert out.isfinite().all()
-    assert error(out[[0, 1, 3]], exact[[0, 1, 3]]) < 1e-5
-    assert out[2].abs().max() < 1e-6
-    sums = rows_triton.token_sums(student, torch.tensor([0, 0, columns - 1, 1]), torch.ones(4, dtype=torch.bool))
-    lse = sums[0] + sums[1].log()
-    assert error(lse, student.double().logsumexp(-1)) < 1e-6
-    assert error((lse - sums[0] - sums[2] / sums[1])[[0, 1, 3]], entropy(student)[[0, 1, 3]]) < 2e-6
-
-
-def test_shard_without_a_possible_token() -> None:
-    nothing = torch.full((2, WIDE), -torch.inf)
-    sums = rows_triton.divergence_sums(nothing, nothing, both=True)
-    assert torch.equal(sums[[0, 2]], torch.full((2, 2), -1e30))
-    assert not sums[[1, 3, 4, 5, 6, 7]].any()
 
 
 def gradient_rows(student: Tensor, teacher: Tensor, kind: str) -> Tensor:

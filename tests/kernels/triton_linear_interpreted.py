@@ -13,8 +13,12 @@ from torch.distributed import ProcessGroup
 
 from kernels import DivergenceKind, Objective, VocabShard, layers_triton, linear_divergence, reference
 from kernels.layer_blocks import Teachers
+from kernels.partials import Joined
+from tests.kernels import gpu_arithmetic
 from tests.kernels.problems import CollectiveCounter, local_rows, relative_error
 from tests.kernels.ranks import Ranks
+
+gpu_arithmetic.install()
 
 COUNTS = (5, 0, 17)
 SIZES = (40, 16, 24)
@@ -146,6 +150,55 @@ def test_teachers_by_row_in_several_blocks(ranks: Ranks, kind: DivergenceKind) -
 def test_small_divergence_with_offset_logits(ranks: Ranks, noise: float, tolerance: float) -> None:
     """KL of 1e-4 and 1e-6. In the second, logits of 15 are rounded to 1e-6 where they differ by 1e-3."""
     check(ranks, 2, Case(noise=noise, offset=8.0, vocab=300), values=tolerance, gradients=tolerance)
+
+
+HUGE = 1e20
+"""Its square is inf in fp32: a product of two hidden units, one of each token and one of each row of the layer, that
+makes a logit -inf, where the products of other tokens and rows with a 0 stay 0."""
+
+
+def layers_with_impossible_tokens() -> tuple[list[Tensor], Tensor, Tensor]:
+    """Layers of 20 tokens and 151 rows; their logits in float64. The teacher excludes tokens of rows 0, 4, ..., the
+    student of 1, 5, ..., two whole tiles of 32 among them, each side others of 2, 6, ...; row 7 has one NaN of the
+    student, row 9 of the teacher."""
+    source = torch.Generator().manual_seed(5)
+    layers, logits = [], []
+    for side in range(2):
+        hidden, weight = torch.randn(20, 16, generator=source), 0.7 * torch.randn(151, 16, generator=source)
+        exact = hidden.double() @ weight.double().t()
+        more, rows = torch.zeros(20, 4), torch.zeros(151, 4)
+        for unit, first, excluded in ((0, 1 - side, torch.arange(151) < 70), (1, 2, torch.arange(151) % 3 == side)):
+            more[first::4, unit], rows[excluded, unit] = HUGE, -HUGE
+            exact[first::4, excluded] = -torch.inf
+        token, column = ((7, 100), (9, 20))[side]
+        more[token, 2:], rows[column, 2], rows[column, 3] = HUGE, HUGE, -HUGE  # inf in one step, -inf in the next
+        exact[token, column] = torch.nan
+        pairs = (hidden, more), (weight, rows)
+        layers += [torch.cat((units[:, :3], own, units[:, 3:]), 1) for own, units in pairs]
+        logits.append(exact)
+    return layers, *logits
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+def test_impossible_tokens_and_nan(kind: DivergenceKind) -> None:
+    """-inf counts as 1e4 below the maximum, as in the row primitives; a NaN is its row's alone."""
+    layers, student, teacher = layers_with_impossible_tokens()
+    both = kind == "forward_kl"
+    joined = Joined(layers_triton.linear_sums(*layers, 1.0, both=True))
+    good = torch.ones(20, dtype=torch.bool)
+    good[[7, 9]] = False
+    z = student[good].requires_grad_()
+    want = reference.divergence(z, teacher[good], Objective(kind))
+    (gradient,) = torch.autograd.grad(want.sum(), z)
+    got = joined.value(Objective(kind))
+    assert got[~good].isnan().all()
+    assert (want > 100).sum() >= 5
+    assert ((got[good] - want).abs() <= torch.where(want > 100, 2e-3, 3e-6) * want).all()
+    rows = joined.gradient_rows(Objective(kind), torch.ones(20)).float()
+    out = layers_triton.linear_gradient(*layers, 1.0, rows, torch.float32, teacher=both)
+    assert out[~good].isnan().all()
+    allowed = torch.where(want > 100, 2e-3 * want, 1e-5 * gradient.norm(dim=-1))
+    assert ((out[good] - gradient).norm(dim=-1) <= allowed).all()
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
