@@ -15,8 +15,10 @@ from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluation.documents import read_windows
-from megatron_mopd.hub import resolve_folder
+from megatron_mopd.hub import MANIFEST, MODEL_FOLDER, resolve_folder
+from megatron_mopd.run_identity import check_kept_out
 from megatron_mopd.student.architecture import Architecture, check_architecture, read_architecture
+from megatron_mopd.student.checkpoint_files import read_manifest
 from megatron_mopd.student.weights import check_hf
 from megatron_mopd.tokenizer import Tokenizer, difference
 from megatron_mopd.yaml_config import ConfigError
@@ -95,6 +97,8 @@ def check_evaluation(config: RunConfig, checkpoint: str, world_size: int, split:
     if config.evaluation.perplexity is not None:  # the only part that goes through Megatron
         check_architecture(arch, config.parallel, "the checkpoint's")
     check_hf(arch, folder, "--checkpoint")
+    if folder.name == MODEL_FOLDER and (folder.parent / MANIFEST).is_file():
+        check_kept_out(read_manifest(folder.parent).state["run"], config, split)
     _check_lengths(config, arch)
     _check_data(config, arch, Tokenizer.load(folder), split=split)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd.config import RunConfig
+from megatron_mopd.config import RunConfig, Split
 from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.yaml_config import ConfigError, to_tree
@@ -32,6 +32,25 @@ def run_identity(config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | Non
         "vocabulary": tokenizer.fingerprint.vocab_hash,
         "chat_template": tokenizer.fingerprint.template_hash,
     }
+
+
+def check_kept_out(saved: Mapping[str, Any], config: RunConfig, split: Split) -> None:
+    """Raise ConfigError when the run of identity `saved` may have trained on a prompt of `split`.
+
+    Files keep all of a split out of training; of a reasoning-gym task only the prompts that the run knew of.
+    """
+    kept = {"validation_prompts": 0, **saved["evaluation"]}
+    shared = [domain for name, domain in config.domains.items() if name in saved["domains"]]
+    endless = any(domain.source.reasoning_gym is not None for domain in shared)
+    key = "prompts" if split == "held_out" else "validation_prompts"
+    asked = getattr(config.evaluation, key)
+    if endless and kept["seed"] != config.evaluation.seed:
+        problem = f"evaluation.seed: is {config.evaluation.seed}, the checkpoint's run had {kept['seed']}"
+    elif shared and kept[key] < asked and (endless or not kept[key]):
+        problem = f"evaluation.{key}: is {asked}, the checkpoint's run kept {kept[key]} a domain out of training"
+    else:
+        return
+    raise ConfigError(f"{problem}: it may have trained on the others; evaluate with the run's own value")
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:

@@ -5,11 +5,11 @@ The windows of the documents travel packed through Megatron: any layout and micr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_mopd.config import ObjectiveSpec, RunConfig
@@ -50,7 +50,7 @@ def checkpoint_perplexity(
         if result.logprobs is not None and world.tensor.rank == 0:
             sums[0] += result.logprobs.double().sum()
     total, tokens = world.sum(sums).tolist()
-    return Perplexity(math.exp(-total / tokens), int(tokens))
+    return Perplexity(float(np.exp(-total / tokens)), int(tokens))
 
 
 def _pack(windows: Sequence[Rollout], max_tokens: int, world: World) -> list[MicroBatch]:

@@ -131,6 +131,37 @@ def test_data(
         assert part in line, line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--split", "validation"], ["evaluation.validation_prompts", "0"]),
+        (["evaluation.perplexity=gone.jsonl"], ["evaluation.perplexity", "gone.jsonl"]),
+        (
+            ["evaluation.perplexity=t.jsonl", "parallel.tensor=3", "parallel.ranks=3"],
+            ["parallel.tensor", "checkpoint's"],
+        ),
+        (["evaluation.benchmarks.b.source.jsonl=gone.jsonl"], ["evaluation.benchmarks.b", "task"]),
+        (
+            ["evaluation.benchmarks.b={source: {jsonl: gone.jsonl}, verifier: exact, max_response_tokens: 9}"],
+            ["evaluation.benchmarks.b", "max_prompt_tokens", "256 positions"],
+        ),
+        (
+            ["evaluation.out_of_domain.b={source: {reasoning_gym: gcdd}, max_prompt_tokens: 9,max_response_tokens: 9}"],
+            ["evaluation.out_of_domain.b.source", "gcdd", "gcd"],
+        ),
+    ],
+)
+def test_evaluation(
+    overrides: list[str], expected: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run.yaml", run_tree(models, tmp_path / "run"))
+    assert main(["eval", str(run), "--checkpoint", str(models / "student"), *overrides]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    for part in expected:
+        assert part in line, line
+
+
 def test_a_checkpoint_folder_of_other_teachers(models: Path, tmp_path: Path) -> None:
     from megatron_mopd.teachers.manifest import check_same_teachers
     from megatron_mopd.yaml_config import ConfigError

@@ -74,6 +74,7 @@ def test_eval_and_export_agree(runs: Path) -> None:
     assert scores[0]["domains"].keys() == set("abc")
     logged = read_records(runs / "plain" / "metrics.jsonl", "eval")
     assert [record["step"] for record in logged] == [0]
+    assert logged[0]["accuracy/a"] >= 0 and logged[0]["standard_error/a"] >= 0
 
 
 def test_eval_of_everything_does_not_depend_on_the_layout(models: Path, tmp_path: Path) -> None:

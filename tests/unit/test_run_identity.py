@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mopd.config import DomainSpec, ModelSpec, ObjectiveSpec, OptimSpec, RunConfig, SourceSpec
-from megatron_mopd.run_identity import check_same_run, run_identity
+from megatron_mopd.config import DomainSpec, EvalSpec, ModelSpec, ObjectiveSpec, OptimSpec, RunConfig, SourceSpec
+from megatron_mopd.run_identity import check_kept_out, check_same_run, run_identity
 from megatron_mopd.run_lock import lock_run_folder
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.yaml_config import ConfigError
@@ -64,6 +64,34 @@ def test_what_makes_it_another_run_is_named(change: dict, difference: str, tmp_p
     other = dataclasses.replace(CONFIG, **change)
     with pytest.raises(ConfigError, match=re.escape(difference)):
         check_same_run(identity(CONFIG), identity(other), tmp_path)
+
+
+def evaluating(config: RunConfig, **evaluation: int) -> RunConfig:
+    return dataclasses.replace(config, evaluation=EvalSpec(**evaluation))
+
+
+def test_what_a_run_kept_out_of_training_is_what_it_is_evaluated_on() -> None:
+    endless = identity(evaluating(CONFIG, prompts=300, validation_prompts=50))
+    check_kept_out(endless, evaluating(CONFIG, prompts=300, validation_prompts=400), "held_out")
+    check_kept_out(endless, evaluating(CONFIG, prompts=900, validation_prompts=50), "validation")
+    others = dataclasses.replace(CONFIG, domains={"b": CONFIG.domains["a"]})
+    check_kept_out(endless, evaluating(others, prompts=900), "held_out")
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: is 900, the checkpoint's run kept 300 a domain out"):
+        check_kept_out(endless, evaluating(CONFIG, prompts=900), "held_out")
+    with pytest.raises(ConfigError, match=r"evaluation\.validation_prompts: is 51, .* kept 50 a domain"):
+        check_kept_out(endless, evaluating(CONFIG, validation_prompts=51), "validation")
+    with pytest.raises(ConfigError, match=r"evaluation\.seed: is 1, the checkpoint's run had 20260629"):
+        check_kept_out(endless, evaluating(CONFIG, seed=1), "held_out")
+    # Files keep all of their held-out lines out, whatever the number and the seed; a validation tenth only if asked.
+    source = SourceSpec(jsonl="x.jsonl")
+    lines = dataclasses.replace(CONFIG, domains={"a": DomainSpec(source=source, verifier="exact")})
+    check_kept_out(identity(evaluating(lines, prompts=3)), evaluating(lines, prompts=900, seed=1), "held_out")
+    with pytest.raises(ConfigError, match=r"evaluation\.validation_prompts: is 5, .* kept 0 a domain"):
+        check_kept_out(identity(lines), evaluating(lines, validation_prompts=5), "validation")
+
+
+def test_an_identity_without_validation_is_that_of_earlier_versions() -> None:
+    assert identity(CONFIG)["evaluation"] == {"seed": 20260629, "prompts": 200}
 
 
 def test_a_folder_is_locked_until_its_run_ends(tmp_path: Path) -> None:
