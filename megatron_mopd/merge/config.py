@@ -111,6 +111,11 @@ class Recipe:
     density: float = 1.0
     seed: int = 0
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a part of every task vector is left out."""
+        return self.method not in ("average", "task_arithmetic")
+
 
 def load_merge_config(path: str | Path, overrides: Sequence[str] = ()) -> MergeConfig:
     """Read a merge's file, apply `key.path=value` overrides, and check it. Raises ConfigError."""

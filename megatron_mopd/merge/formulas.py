@@ -26,6 +26,11 @@ def weighted_sum(vectors: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
+def _masked(tau: Tensor, kept: Tensor) -> Tensor:
+    """0 where `kept` is False. A product: `where` with a scalar takes ten times as long in float64."""
+    return tau * kept.to(tau.dtype)
+
+
 def average(values: Tensor, weights: Tensor) -> Tensor:
     """sum_t w_t theta_t / sum_t w_t, [n]; with equal weights the uniform soup (arXiv 2203.05482)."""
     return weighted_sum(values, weights) / weights.sum()
@@ -42,7 +47,7 @@ def keep_largest(tau: Tensor, thresholds: Tensor) -> Tensor:
     Equal magnitudes stay or go together, as in the authors' code: which of them comes first in memory means
     nothing. In bf16 checkpoints many are equal, so more than the wanted share may stay.
     """
-    return tau.where(tau.abs() >= thresholds[:, None], 0.0)
+    return _masked(tau, tau.abs() >= thresholds[:, None])
 
 
 def elect_sign(tau: Tensor, weights: Tensor) -> Tensor:
@@ -56,15 +61,14 @@ def elect_sign(tau: Tensor, weights: Tensor) -> Tensor:
 
 def disjoint_mean(tau: Tensor, sign: Tensor, weights: Tensor) -> Tensor:
     """TIES' step 3: the weighted mean, [n], of the tau_t that have the elected sign; 0 where there is none."""
-    agree = (tau.sign() == sign) & (sign != 0)
-    total = weighted_sum(agree.to(tau.dtype), weights)
-    summed = weighted_sum(tau.where(agree, 0.0), weights)
-    return torch.where(total > 0, summed / total, 0.0)
+    agree = (tau * sign > 0).to(tau.dtype)
+    total = weighted_sum(agree, weights)
+    return weighted_sum(tau * agree, weights) / total.masked_fill_(total == 0, 1.0)
 
 
 def drop_and_rescale(tau: Tensor, kept: Tensor, density: float) -> Tensor:
     """DARE (arXiv 2311.03099, Eq. 3-4): m tau / (1 - p), where a share p = 1 - density was dropped; `kept` is m."""
-    return tau.where(kept, 0.0) / density
+    return _masked(tau, kept) / density
 
 
 def random_mask(seed: int, model: str, tensor: str, begin: int, end: int, density: float) -> Tensor:
@@ -90,7 +94,7 @@ def variance(tau: Tensor) -> Tensor:
 def select(tau: Tensor, threshold: float) -> Tensor:
     """SCE's first step: 0, in all models alike, where the variance is below the threshold or 0."""
     spread = variance(tau)
-    return tau.where((spread >= threshold) & (spread > 0), 0.0)
+    return _masked(tau, (spread >= threshold) & (spread > 0))
 
 
 def energy(tau: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Merged:
 
     values: Tensor
     """[n], float64."""
-    kept: Tensor
+    kept: Tensor | None
     """[m], int64: elements of each model's task vector that are not 0 after trimming, dropping or selecting."""
 
 
@@ -35,9 +35,9 @@ def merge_tensor(recipe: Recipe, slices: TensorSlices) -> Iterator[Merged]:
     match recipe.method:
         case "average":
             # Without a base the task vectors are the models' own values.
-            return (Merged(values=formulas.average(s.tau, weights), kept=_kept(s.tau)) for s in slices)
+            return (Merged(values=formulas.average(s.tau, weights), kept=None) for s in slices)
         case "task_arithmetic":
-            return (_added(recipe, s, s.tau, formulas.weighted_sum(s.tau, weights)) for s in slices)
+            return (_added(recipe, s, formulas.weighted_sum(s.tau, weights)) for s in slices)
         case "ties":
             return _ties(recipe, slices, weights)
         case "dare" | "dare_ties":
@@ -46,12 +46,10 @@ def merge_tensor(recipe: Recipe, slices: TensorSlices) -> Iterator[Merged]:
             return _sce(recipe, slices)
 
 
-def _added(recipe: Recipe, piece: Slice, sparse: Tensor, merged: Tensor) -> Merged:
-    return Merged(values=formulas.add_task_vector(piece.base, merged, recipe.scaling), kept=_kept(sparse))
-
-
-def _kept(tau: Tensor) -> Tensor:
-    return tau.count_nonzero(dim=1)
+def _added(recipe: Recipe, piece: Slice, merged: Tensor, sparse: Tensor | None = None) -> Merged:
+    """`sparse`: the task vectors, [m, n], after trimming, dropping or selecting."""
+    kept = None if sparse is None else torch.stack([tau.count_nonzero() for tau in sparse])
+    return Merged(values=formulas.add_task_vector(piece.base, merged, recipe.scaling), kept=kept)
 
 
 def _count(density: float, size: int) -> int:
@@ -62,15 +60,18 @@ def _count(density: float, size: int) -> int:
 def _ties(recipe: Recipe, slices: TensorSlices, weights: Tensor) -> Iterator[Merged]:
     count = _count(recipe.density, slices.size)
 
+    def rank(nonzero: int) -> int:
+        return count
+
     def magnitudes(model: int) -> Iterator[Tensor]:
         return (tau.abs() for tau in slices.task_vector(model))
 
-    smallest = [kth_largest(partial(magnitudes, model), slices.size, count) for model in range(len(weights))]
+    smallest = [kth_largest(partial(magnitudes, model), slices.size, rank) for model in range(len(weights))]
     thresholds = torch.tensor(smallest, dtype=torch.float64)
     for piece in slices:
         tau = formulas.keep_largest(piece.tau, thresholds)
         merged = formulas.disjoint_mean(tau, formulas.elect_sign(tau, weights), weights)
-        yield _added(recipe, piece, tau, merged)
+        yield _added(recipe, piece, merged, tau)
 
 
 def _dare(recipe: Recipe, slices: TensorSlices, weights: Tensor) -> Iterator[Merged]:
@@ -85,7 +86,7 @@ def _dare(recipe: Recipe, slices: TensorSlices, weights: Tensor) -> Iterator[Mer
             merged = formulas.weighted_sum(tau, weights)
         else:
             merged = formulas.disjoint_mean(tau, formulas.elect_sign(tau, weights), weights)
-        yield _added(recipe, piece, tau, merged)
+        yield _added(recipe, piece, merged, tau)
 
 
 def _sce(recipe: Recipe, slices: TensorSlices) -> Iterator[Merged]:
@@ -97,7 +98,7 @@ def _sce(recipe: Recipe, slices: TensorSlices) -> Iterator[Merged]:
     coefficients = energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)
     for piece in slices:
         selected = formulas.select(piece.tau, threshold)
-        yield _added(recipe, piece, selected, formulas.erase_and_sum(selected, coefficients))
+        yield _added(recipe, piece, formulas.erase_and_sum(selected, coefficients), selected)
 
 
 def _sce_threshold(recipe: Recipe, slices: TensorSlices) -> float:
@@ -107,9 +108,6 @@ def _sce_threshold(recipe: Recipe, slices: TensorSlices) -> float:
     """
     if recipe.density >= 1:
         return 0.0
-
-    def variances() -> Iterator[Tensor]:
-        return (formulas.variance(piece.tau) for piece in slices)
-
-    varying = sum(int(piece.count_nonzero()) for piece in variances())
-    return kth_largest(variances, slices.size, _count(recipe.density, varying)) if varying else 0.0
+    return kth_largest(
+        lambda: (formulas.variance(piece.tau) for piece in slices), slices.size, partial(_count, recipe.density)
+    )

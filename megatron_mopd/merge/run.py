@@ -56,7 +56,7 @@ def run_merge(
             return plan.out
         try:
             kept = _write(plan, folder, say, max_shard_bytes, slice_values)
-            _publish(plan, folder, record | {"kept": kept})
+            _publish(plan, folder, record | ({"kept": kept} if plan.recipe.is_sparse else {}))
         except OSError as error:
             raise ConfigError(f"out: {plan.out} cannot be written: {error.strerror or error}; make room") from None
     say(f"{plan.out}: {len(plan.models)} models merged by {plan.recipe.method}")
@@ -124,17 +124,18 @@ def _write(plan: Plan, folder: Path, say: Say, max_shard_bytes: int, slice_value
 
     def pieces(name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         for merged in merge_tensor(plan.recipe, tensor_slices(name, base, models, reader, slice_values)):
-            kept.add_(merged.kept)
+            if merged.kept is not None:
+                kept.add_(merged.kept)
             _check_range(merged.values, dtype, name)
             yield merged.values
 
     def stream() -> Iterator[tuple[str, Iterator[Tensor]]]:
-        done = 0
+        done, total = 0, plan.num_bytes
         for spec in plan.specs:
             yield spec.name, pieces(spec.name, spec.dtype)
             before, done = done, done + spec.num_bytes
-            if done * 10 // plan.num_bytes > before * 10 // plan.num_bytes:
-                say(f"merged {done / 1e9:.2f} of {plan.num_bytes / 1e9:.2f} GB")
+            if done * 10 // total > before * 10 // total:
+                say(f"merged {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
     with ValueReader() as reader:
         write_model(folder, plan.specs, stream(), max_shard_bytes)

@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_mopd.student.hf_files import DTYPES, StoredTensor
 from megatron_mopd.yaml_config import ConfigError
 
-SLICE_VALUES = 1 << 20
-"""Numbers of all models together in one slice: 8 MiB in float64; a method holds some ten times that."""
+SLICE_VALUES = 1 << 18
+"""Numbers of all models together in one slice: 2 MiB in float64, which a processor's cache holds."""
 
 
 class ValueReader:
