@@ -66,7 +66,10 @@ def divergence_figure(group: CurveSet, looks: Looks) -> Any:
         drawn = {curve.name: curve.points("reverse_kl", domain, over_tokens=tokens) for curve in curves}
         ends.append(_lines(axes, curves, drawn, looks))
         _finish(axes, domain, tokens, "reverse KL (nats per token)" if index % columns == 0 else "")
-        axes.set_yscale("log" if all(point.low > 0 for points in drawn.values() for point in points) else "linear")
+        if all(point.low > 0 for points in drawn.values() for point in points):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: "")
     for index, (axes, labels) in enumerate(zip(grid, ends, strict=True)):
         if index % columns == columns - 1 or index == len(grid) - 1:
             label_ends(axes, labels, 7.5)

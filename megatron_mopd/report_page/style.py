@@ -54,7 +54,7 @@ _SETTINGS = {
     "lines.linewidth": 1.3,
     "lines.solid_capstyle": "round",
     "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
-    "axes.formatter.use_mathtext": True,
+    "text.parse_math": False,  # a label may have dollar signs
     "axes.unicode_minus": True,
     "figure.facecolor": "white",
 }

@@ -49,7 +49,8 @@ def score_table(study: Study) -> Table:
         caption=(
             "Normalised score, (x - base) / (teacher - base): 0 is the base, 1 the domain's teacher. "
             f"{_intervals(study)} Bold: the best of a column. Published: arXiv 2606.30406, Qwen3-30B-A3B, one run a "
-            "method, no intervals; its MOPD row is the sampled (policy gradient) objective, its top-k row from the ablation."
+            "method, no intervals; its MOPD row is the sampled (policy gradient) objective, its top-k row is from the "
+            "ablation."
         ),
         groups=(("this study", len(study.domains) + 1), ("published", len(DOMAINS) + 1)),
         columns=("method", *study.domains, "mean", *DOMAINS, "mean"),
