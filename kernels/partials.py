@@ -18,9 +18,21 @@ import torch
 from torch import Tensor
 
 from kernels.objective import Objective
+from kernels.rows_torch import EMPTY_SHARD_MAX, LOWEST
+
+PACKETS = 8
+"""Parts whose sums are kept before they are merged: those of all slabs would grow as [slabs, sums, tokens]."""
 
 STATS = 4
 """Extra sums with statistics: z and t of the token (0 where another shard owns it), global ids of both maxima."""
+
+
+def _moved(own: Tensor, joint: Tensor) -> Tensor:
+    """How far x moves from a part's own maximum to the joint one: as in x, at most to `LOWEST`.
+
+    A part that excludes all its tokens has no maximum, but x = LOWEST for each of them already: it does not move.
+    """
+    return torch.where(own <= 0.5 * EMPTY_SHARD_MAX, 0.0, (own - joint).clamp(min=LOWEST))
 
 
 def combine(packets: Tensor) -> Tensor:
@@ -32,8 +44,8 @@ def combine(packets: Tensor) -> Tensor:
         return packets[0].double()
     m, partition, n, excess, divergence, cross, *more = packets.double().unbind(1)
     student_max, teacher_max = m.amax(0), n.amax(0)
-    dm, dn = m - student_max, n - teacher_max
-    a, b = dm.exp(), dn.exp()
+    a, b = (m - student_max).exp(), (n - teacher_max).exp()
+    dm, dn = _moved(m, student_max), _moved(n, teacher_max)
     result = [
         student_max,
         (a * partition).sum(0),
@@ -119,9 +131,9 @@ class Joined:
 def kept_rows(joined: Tensor, own: Tensor) -> Tensor:
     """[2, T] that turn e^x and x - y about this shard's own maxima (`own` [6, T]) into the gradient of reverse KL:
     e^(m - max z) / Z and E_p[x - y] as seen from there."""
-    shift = own[0].double() - joined[0]
-    mean = joined[4] / joined[1] - shift + (own[2].double() - joined[2])
-    return torch.stack((shift.exp() / joined[1], mean))
+    m, n = own[0].double(), own[2].double()
+    mean = joined[4] / joined[1] - _moved(m, joined[0]) + _moved(n, joined[2])
+    return torch.stack(((m - joined[0]).exp() / joined[1], mean))
 
 
 def combine_tokens(packets: Tensor, has_top: bool) -> Tensor:

@@ -19,7 +19,7 @@ from kernels.divergence import LogitBlocks
 from kernels.layer_blocks import LayerBlocks, Teachers, cut
 from kernels.objective import accumulation_dtype
 from kernels.output_layer import LayerGradients, OutputLayer
-from kernels.partials import combine_tokens
+from kernels.partials import PACKETS, combine_tokens
 from kernels.rows_torch import EMPTY_SHARD_MAX
 from kernels.shard import VocabShard
 
@@ -51,7 +51,7 @@ class TokenJob:
 def join(job: TokenJob, blocks: LayerBlocks | LogitBlocks, ids: Tensor) -> Tensor:
     """[3 + k (+ 1), T] float64 of ids [T, k]: m, Z, A, the z, perhaps the top id. One all-gather."""
     k = ids.shape[1]
-    parts = []
+    parts: list[Tensor] = []
     for slab in blocks.slabs:
         packet = torch.zeros(3 + k + job.top, blocks.tokens, dtype=blocks.dtype, device=blocks.device)
         for chunk in blocks.chunks:
@@ -67,9 +67,11 @@ def join(job: TokenJob, blocks: LayerBlocks | LogitBlocks, ids: Tensor) -> Tenso
                 packet[0, chunk] = EMPTY_SHARD_MAX
             if job.top and logits.shape[1]:
                 packet[-1, chunk] = (logits.argmax(-1) + (job.shard.start + slab.start)).to(blocks.dtype)
-        parts.append(packet)
-    own = parts[0] if len(parts) == 1 else combine_tokens(torch.stack(parts), job.top).to(blocks.dtype)
-    return combine_tokens(job.shard.gather(own), job.top)
+        parts.append(packet.double())
+        if len(parts) == PACKETS:
+            parts = [combine_tokens(torch.stack(parts), job.top)]
+    own = parts[0] if len(parts) == 1 else combine_tokens(torch.stack(parts), job.top)
+    return combine_tokens(job.shard.gather(own.to(blocks.dtype)), job.top)
 
 
 def outputs(job: TokenJob, sums: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

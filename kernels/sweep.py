@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.dispatch import RowKernels
 from kernels.objective import Objective
-from kernels.partials import STATS, Joined, combine
+from kernels.partials import PACKETS, STATS, Joined, combine
 from kernels.shard import VocabShard
 
 
@@ -59,7 +59,7 @@ def join(job: Job, blocks: Blocks) -> Joined:
     """First pass: the sums of all rows over the whole vocabulary. One all-gather if there are other ranks."""
     both = job.objective.both or job.stats
     size = 8 if both else 6
-    parts = []
+    parts: list[Tensor] = []
     for slab in blocks.slabs:
         packet = torch.zeros(
             size + (STATS if job.stats else 0), blocks.tokens, dtype=blocks.dtype, device=blocks.device
@@ -73,9 +73,11 @@ def join(job: Job, blocks: Blocks) -> Joined:
             packet[:size, chunk] = job.kernels.divergence_sums(student, teacher, both=both)
             if job.stats:
                 packet[size:, chunk] = _stats(job, slab, chunk, student, teacher)
-        parts.append(packet)
-    own = parts[0] if len(parts) == 1 else combine(torch.stack(parts)).to(blocks.dtype)
-    return Joined(combine(job.shard.gather(own)))
+        parts.append(packet.double())
+        if len(parts) == PACKETS:
+            parts = [combine(torch.stack(parts))]
+    own = parts[0] if len(parts) == 1 else combine(torch.stack(parts))
+    return Joined(combine(job.shard.gather(own.to(blocks.dtype))))
 
 
 def _stats(job: Job, slab: slice, chunk: slice, student: Tensor, teacher: Tensor) -> Tensor:

@@ -64,6 +64,17 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     report.usage = "mopd report RUN... [--out DIR]"
     report.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, a demo or a reproduction")
     report.add_argument("--out", metavar="DIR", help="folder to write; default: report in the first RUN")
+    benchmark = _command(
+        commands,
+        "benchmark NAME --from FILE --out FILE",
+        _benchmark,
+        "a benchmark's questions -> prompt file",
+        cli_text.BENCHMARK,
+        cli_text.BENCHMARK_EPILOG,
+    )
+    benchmark.add_argument("name", metavar="NAME", help="aime25, aime26, ifeval, ifbench or swe_bench_verified")
+    benchmark.add_argument("--from", metavar="FILE", dest="origin", required=True, help="or hub:OWNER/NAME:SPLIT")
+    benchmark.add_argument("--out", metavar="FILE", required=True, help="JSONL file to write; must not exist")
     for command in (run, evaluate, export):
         command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     for command in (evaluate, export):
@@ -149,6 +160,16 @@ def _report(arguments: argparse.Namespace, more_runs: list[str]) -> int:
 
     folders = [Path(run) for run in (*arguments.runs, *more_runs)]
     print(write_report(folders, Path(arguments.out) if arguments.out else folders[0] / "report"))
+    return 0
+
+
+def _benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if overrides:
+        raise ConfigError(f"benchmark: takes no {overrides[0]!r}; only NAME, --from and --out")
+    from megatron_mopd.domains.benchmarks import BENCHMARKS, convert
+
+    count = convert(arguments.name, arguments.origin, Path(arguments.out))
+    print(f"{arguments.out}: {count} questions; verifier: {BENCHMARKS[arguments.name].verifier}")
     return 0
 
 

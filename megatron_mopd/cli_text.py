@@ -92,3 +92,23 @@ examples:
   mopd report runs/tiny/reproduce runs/tiny/scaling --out paper/report
   mopd report runs/mopd runs/mopd_sampled
 """
+
+BENCHMARK = """\
+Write a benchmark's questions as a prompt file that a domain's source reads, from a file of yours or, when the
+package `datasets` is installed, from the Hub: --from hub:OWNER/NAME:SPLIT. FILE is .jsonl, .json or .parquet.
+
+  NAME                 columns                                                              verifier
+  aime25, aime26       problem, answer                                                      math
+  ifeval               prompt, instruction_id_list, kwargs                                  ifeval
+  ifbench              prompt, instruction_id_list, kwargs                                  command
+  swe_bench_verified   instance_id, repo, base_commit, problem_statement, patch             command
+
+The commands are `python -m megatron_mopd.domains.ifbench` and `python -m megatron_mopd.domains.swe_bench`; they
+run the benchmarks' own programs, which must be installed. A program of your own: see domains/command.py.
+"""
+
+BENCHMARK_EPILOG = """\
+examples:
+  mopd benchmark ifeval --from input_data.jsonl --out data/ifeval.jsonl
+  mopd benchmark aime25 --from hub:math-ai/aime25:test --out data/aime25.jsonl
+"""

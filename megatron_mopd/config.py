@@ -13,14 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_mopd.yaml_config import REST, ConfigError, apply_overrides, build, dump_yaml, load_yaml, read_text
-
-Stage = Literal["sft", "rl", "mopd"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+from megatron_mopd.method_config import ObjectiveSpec, RolloutSpec, Stage, check_method, sequential_steps
+from megatron_mopd.yaml_config import (
+    REST,
+    ConfigError,
+    apply_overrides,
+    build,
+    dump_yaml,
+    load_yaml,
+    read_text,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class ModelSpec:
     """Of weights and activations; gradients and the optimizer are always fp32."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.hf_config is not None or self.checkpoint is not None,
             "hf_config and checkpoint are both missing; set hf_config to a folder with config.json",
         )
@@ -66,7 +69,7 @@ class SourceSpec:
 
     def __post_init__(self) -> None:
         given = [name for name in (self.reasoning_gym, self.jsonl) if name is not None]
-        _require(len(given) == 1, "give exactly one of reasoning_gym (a task name) and jsonl (a file)")
+        require(len(given) == 1, "give exactly one of reasoning_gym (a task name) and jsonl (a file)")
         if self.jsonl is not None and self.params:
             raise ConfigError(f"unknown key '{next(iter(self.params))}'. Known keys: jsonl, held_out.")
 
@@ -76,10 +79,15 @@ class DomainSpec:
     source: SourceSpec
     teacher: str | None = None
     """Key into `teachers`; needed in the `mopd` stage and only there."""
-    verifier: Literal["task", "math", "exact", "none"] = "task"
-    """task: the reasoning-gym task's own scorer · math: math-verify · exact: same text · none: no reward."""
+    verifier: Literal["task", "math", "exact", "ifeval", "command", "none"] = "task"
+    """task: the reasoning-gym task's own scorer · math: math-verify · exact: same text · ifeval: instructions of the
+    line followed (strict) · command: a program of yours · none: no reward."""
+    command: tuple[str, ...] = ()
+    """`verifier: command`: program and arguments; see domains/command.py for what it reads and writes."""
+    command_seconds: float = 600.0
+    """`verifier: command`: how long it may take for one batch, by the clock."""
     weight: float = 1.0
-    """Share of the prompts of a step, relative to the other domains."""
+    """Share of the prompts of a step (`domain_schedule: sequential`: of the steps), relative to the other domains."""
     max_prompt_tokens: int = 2048
     """Longer prompts are left out and counted, never cut."""
     max_response_tokens: int = 32768
@@ -88,60 +96,22 @@ class DomainSpec:
     system_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"weight: must be > 0, got {self.weight}; remove the domain to leave it out")
-        _require(self.max_prompt_tokens > 0, "max_prompt_tokens: must be > 0")
-        _require(self.max_response_tokens > 0, "max_response_tokens: must be > 0")
-        _require(0 <= self.wrong_answers < 1, "wrong_answers: must be in [0, 1)")
+        require(self.weight > 0, f"weight: must be > 0, got {self.weight}; remove the domain to leave it out")
+        require(self.max_prompt_tokens > 0, "max_prompt_tokens: must be > 0")
+        require(self.max_response_tokens > 0, "max_response_tokens: must be > 0")
+        require(0 <= self.wrong_answers < 1, "wrong_answers: must be in [0, 1)")
         if self.verifier == "task" and self.source.reasoning_gym is None:
             raise ConfigError("verifier: 'task' needs a reasoning_gym source; use math, exact or none with jsonl")
+        if self.verifier == "ifeval" and self.source.jsonl is None:
+            raise ConfigError("verifier: 'ifeval' needs a jsonl source; `mopd benchmark ifeval` writes one")
+        self._check_command()
 
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveSpec:
-    """What is minimised. `stage` decides which kinds are allowed."""
-
-    kind: Literal["sampled", "full_vocab", "grpo", "cross_entropy"] = "sampled"
-    aggregation: Literal["sequence", "token"] = "sequence"
-    """sequence: mean over tokens, then over sequences (the papers) · token: mean over all tokens."""
-    advantage_clip: float = 5.0
-    """`sampled`: A_max of MOPD Eq. 4."""
-    outcome_weight: float = 0.0
-    """`sampled`: alpha of the outcome term alpha * A_GRPO (MiMo-V2-Flash Eq. 9)."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    """`grpo`: the ratio is clipped to [1 - clip_low, 1 + clip_high] (DAPO's clip-higher)."""
-    normalise_by_std: bool = True
-    """`grpo`: divide the centred group rewards by their standard deviation."""
-    dynamic_sampling: bool = False
-    """`grpo`: replace groups whose rewards are all equal by fresh ones (DAPO)."""
-    max_sampling_rounds: int = 4
-    """`grpo`: with dynamic sampling, give up on filling the batch after this many rounds."""
-
-    def __post_init__(self) -> None:
-        _require(self.advantage_clip > 0, "advantage_clip: must be > 0")
-        _require(self.outcome_weight >= 0, "outcome_weight: must be >= 0")
-        _require(0 < self.clip_low < 1, "clip_low: must be in (0, 1)")
-        _require(self.clip_high > 0, "clip_high: must be > 0")
-        _require(self.max_sampling_rounds >= 1, "max_sampling_rounds: must be >= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutSpec:
-    engine: Literal["in_process"] = "in_process"
-    samples_per_prompt: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: no limit."""
-    batch_size: int = 256
-    """Sequences that one rank decodes together."""
-
-    def __post_init__(self) -> None:
-        _require(self.samples_per_prompt >= 1, "samples_per_prompt: must be >= 1")
-        _require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
-        _require(0 < self.top_p <= 1, "top_p: must be in (0, 1]")
-        _require(self.top_k >= 0, "top_k: must be >= 0 (0 is no limit)")
-        _require(self.batch_size >= 1, "batch_size: must be >= 1")
+    def _check_command(self) -> None:
+        wanted = self.verifier == "command"
+        if wanted and not (self.command and self.command[0]):
+            raise ConfigError("command: missing; verifier 'command' needs a list: [program, argument, ...]")
+        require(wanted or not self.command, f"command: only used by verifier 'command', not '{self.verifier}'")
+        require(self.command_seconds > 0, f"command_seconds: must be > 0, got {self.command_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +134,13 @@ class OptimSpec:
     freeze_router: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr: must be > 0")
-        _require(0 <= self.min_lr <= self.lr, "min_lr: must be in [0, lr]")
-        _require(self.warmup_steps >= 0, "warmup_steps: must be >= 0")
-        _require(self.clip_grad >= 0, "clip_grad: must be >= 0 (0 is off)")
-        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas: two numbers in [0, 1)")
-        _require(self.updates_per_step >= 1, "updates_per_step: must be >= 1")
-        _require(self.max_tokens_per_microbatch >= 1, "max_tokens_per_microbatch: must be >= 1")
+        require(self.lr > 0, "lr: must be > 0")
+        require(0 <= self.min_lr <= self.lr, "min_lr: must be in [0, lr]")
+        require(self.warmup_steps >= 0, "warmup_steps: must be >= 0")
+        require(self.clip_grad >= 0, "clip_grad: must be >= 0 (0 is off)")
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas: two numbers in [0, 1)")
+        require(self.updates_per_step >= 1, "updates_per_step: must be >= 1")
+        require(self.max_tokens_per_microbatch >= 1, "max_tokens_per_microbatch: must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,9 +160,9 @@ class ParallelSpec:
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "expert"):
-            _require(getattr(self, name) >= 1, f"{name}: must be >= 1")
-        _require(self.ranks is None or self.ranks >= 1, "ranks: must be >= 1")
-        _require(self.port is None or 1 <= self.port <= 65535, "port: must be in 1..65535")
+            require(getattr(self, name) >= 1, f"{name}: must be >= 1")
+        require(self.ranks is None or self.ranks >= 1, "ranks: must be >= 1")
+        require(self.port is None or 1 <= self.port <= 65535, "port: must be in 1..65535")
 
     @property
     def default_ranks(self) -> int:
@@ -207,8 +177,8 @@ class CheckpointSpec:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "every: must be >= 1")
-        _require(self.keep_last >= 1, "keep_last: must be >= 1")
+        require(self.every >= 1, "every: must be >= 1")
+        require(self.keep_last >= 1, "keep_last: must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,10 +193,10 @@ class EvalSpec:
     """Of the held-out prompts: the same for every run, so that runs can be compared."""
 
     def __post_init__(self) -> None:
-        _require(self.prompts >= 1, "prompts: must be >= 1")
-        _require(self.samples >= 1, "samples: must be >= 1")
-        _require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
-        _require(self.every >= 0, "every: must be >= 0 (0 is off)")
+        require(self.prompts >= 1, "prompts: must be >= 1")
+        require(self.samples >= 1, "samples: must be >= 1")
+        require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
+        require(self.every >= 0, "every: must be >= 0 (0 is off)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +217,9 @@ class RunConfig:
     optim: OptimSpec
     objective: ObjectiveSpec
     seed: int = 0
+    domain_schedule: Literal["mixed", "sequential"] = "mixed"
+    """mixed: all domains in every step, by `weight` · sequential: one domain after another in this file's order,
+    `weight` shares out the steps (Cascade RL)."""
     teachers: dict[str, TeacherSpec] = field(default_factory=dict)
     allow_identical_teacher: bool = False
     """Let a teacher with the student's own weights pass; without it such a run is refused as inert."""
@@ -257,18 +230,18 @@ class RunConfig:
     log: LogSpec = field(default_factory=LogSpec)
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, "steps: must be >= 0")
-        _require(self.prompts_per_step >= 1, "prompts_per_step: must be >= 1")
-        _require(bool(self.domains), "domains: is empty; name at least one domain with a source")
+        require(self.steps >= 0, "steps: must be >= 0")
+        require(self.prompts_per_step >= 1, "prompts_per_step: must be >= 1")
+        require(bool(self.domains), "domains: is empty; name at least one domain with a source")
         self._check_teachers()
         self._check_objective()
 
     def _check_teachers(self) -> None:
         names = ", ".join(self.teachers) or "none"
         if self.stage != "mopd":
-            _require(not self.teachers, f"teachers: not used in stage '{self.stage}'; remove them")
+            require(not self.teachers, f"teachers: not used in stage '{self.stage}'; remove them")
             for name, domain in self.domains.items():
-                _require(domain.teacher is None, f"domains.{name}.teacher: not used in stage '{self.stage}'; remove it")
+                require(domain.teacher is None, f"domains.{name}.teacher: not used in stage '{self.stage}'; remove it")
             return
         for name, domain in self.domains.items():
             if domain.teacher is None:
@@ -277,36 +250,20 @@ class RunConfig:
                 raise ConfigError(f"domains.{name}.teacher: '{domain.teacher}' is not in teachers ({names})")
         used = {domain.teacher for domain in self.domains.values()}
         for name in self.teachers:
-            _require(name in used, f"teachers.{name}: no domain uses it; remove it or route a domain to it")
+            require(name in used, f"teachers.{name}: no domain uses it; remove it or route a domain to it")
 
     def _check_objective(self) -> None:
-        allowed = {"sft": ("cross_entropy",), "rl": ("grpo",), "mopd": ("sampled", "full_vocab")}[self.stage]
-        kind, samples = self.objective.kind, self.rollout.samples_per_prompt
-        _require(kind in allowed, f"objective.kind: stage '{self.stage}' takes {' or '.join(allowed)}, got '{kind}'")
-        verified = all(domain.verifier != "none" for domain in self.domains.values())
-        outcome = kind == "grpo" or (kind == "sampled" and self.objective.outcome_weight > 0)
-        if outcome and samples < 2:
-            raise ConfigError("rollout.samples_per_prompt: group-normalised rewards need at least 2 samples a prompt")
-        if outcome and not verified:
+        check_method(self.stage, self.objective, self.rollout)
+        if self.needs_outcome and any(domain.verifier == "none" for domain in self.domains.values()):
             raise ConfigError("domains: an outcome reward needs a verifier other than 'none' in every domain")
-        if outcome and self.rollout.temperature == 0:
-            raise ConfigError("rollout.temperature: group-normalised rewards need temperature > 0")
-        self._check_unused()
-        updates = self.optim.updates_per_step
-        _require(updates <= self.prompts_per_step, "optim.updates_per_step: more than prompts_per_step")
-
-    def _check_unused(self) -> None:
-        """A value that would change nothing is a misunderstanding: say so instead of ignoring it."""
-        kind, spec = self.objective.kind, self.objective
-        if spec.outcome_weight > 0 and kind != "sampled":
-            raise ConfigError(f"objective.outcome_weight: only the kind 'sampled' has an outcome term, not '{kind}'")
-        if spec.dynamic_sampling and kind != "grpo":
-            raise ConfigError(f"objective.dynamic_sampling: only for the kind 'grpo', not '{kind}'")
-        if self.stage == "sft" and self.rollout.samples_per_prompt != 1:
-            raise ConfigError("rollout.samples_per_prompt: stage 'sft' has one reference answer a prompt; set it to 1")
         for name, domain in self.domains.items():
-            if domain.wrong_answers > 0 and self.stage != "sft":
-                raise ConfigError(f"domains.{name}.wrong_answers: only in stage 'sft', not '{self.stage}'")
+            if domain.wrong_answers > 0 and not self.reads_answers:
+                why = "the answers are those of rollout.dataset" if self.stage == "sft" else f"not '{self.stage}'"
+                raise ConfigError(f"domains.{name}.wrong_answers: only in stage 'sft', {why}")
+        updates = self.optim.updates_per_step
+        require(updates <= self.prompts_per_step, "optim.updates_per_step: more than prompts_per_step")
+        if self.domain_schedule == "sequential":
+            sequential_steps(self._weights, self.steps)
 
     @property
     def domain_names(self) -> tuple[str, ...]:
@@ -316,6 +273,28 @@ class RunConfig:
     def needs_outcome(self) -> bool:
         """Whether rollouts get a group-normalised outcome advantage."""
         return self.objective.kind == "grpo" or self.objective.outcome_weight > 0
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the reference answers of the domains are what is learnt."""
+        return self.stage == "sft" and self.rollout.engine != "dataset"
+
+    @property
+    def generates(self) -> bool:
+        """Whether the student samples the answers that it is trained on."""
+        return self.stage != "sft" and self.rollout.engine != "dataset"
+
+    def domain_shares(self, step: int) -> dict[str, float]:
+        """domain -> its share of the prompts of a step: its weight, or one domain after another (Cascade RL)."""
+        if self.domain_schedule == "mixed":
+            total = sum(self._weights.values())
+            return {name: weight / total for name, weight in self._weights.items()}
+        turns = sequential_steps(self._weights, self.steps)
+        return {name: float(step in turn) for name, turn in turns.items()}
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        return {name: domain.weight for name, domain in self.domains.items()}
 
 
 def check_layout(parallel: ParallelSpec, world_size: int) -> None:

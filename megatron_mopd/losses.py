@@ -84,6 +84,21 @@ def sampled(
     )
 
 
-def full_vocab(divergence: Tensor, weights: Tensor) -> Loss:
-    """sum_v p(v) log(p(v) / q(v)): MOPD Eq. 1 without sampling the token, as in DeepSeek-V4 (arXiv 2606.19348)."""
-    return Loss((weights * divergence).sum(), {"token_loss": divergence.detach(), "reverse_kl": divergence.detach()})
+def teacher_topk(divergence: Tensor, topk_logprobs: Tensor, weights: Tensor) -> Loss:
+    """sum over the teacher's k most likely tokens of p log(p/q) - p + q, raw probabilities: MOPD Eq. 5.
+
+    divergence [R]: that sum (`kernels.topk_divergence`); every term of it is >= 0, so it is at most the reverse KL,
+    which is the same sum over all tokens. topk_logprobs [R, k]: log q; how much of the teacher k tokens hold is
+    reported as `teacher_mass`.
+    """
+    rows = {"token_loss": divergence.detach(), "reverse_kl": divergence.detach()}
+    return Loss((weights * divergence).sum(), rows | {"teacher_mass": topk_logprobs.exp().sum(-1)})
+
+
+def full_vocab(divergence: Tensor, weights: Tensor, *, reverse_kl: Tensor | None = None) -> Loss:
+    """sum_v p(v) log(p(v) / q(v)): MOPD Eq. 1 without sampling the token, as in DeepSeek-V4 (arXiv 2606.19348).
+
+    `divergence` [R] may be another one (`objective.divergence`); then `reverse_kl` [R] is only reported.
+    """
+    measured = divergence if reverse_kl is None else reverse_kl
+    return Loss((weights * divergence).sum(), {"token_loss": divergence.detach(), "reverse_kl": measured.detach()})

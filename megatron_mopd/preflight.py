@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mopd.config import RunConfig, check_layout
+from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.hub import resolve_folder
 from megatron_mopd.student.architecture import Architecture, check_architecture, read_architecture
@@ -59,7 +60,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_layout(config.parallel, world_size)
     inputs = resolve_inputs(config)
     check_architecture(inputs.arch, config.parallel)
-    _check_vocabulary(inputs)
+    _check_vocabulary(config, inputs)
     _check_teachers(config, inputs)
     _check_weights(inputs)
     _check_lengths(config, inputs.arch)
@@ -77,12 +78,16 @@ def check_evaluation(config: RunConfig, checkpoint: str, world_size: int) -> Non
     _check_data(config, Tokenizer.load(folder))
 
 
-def _check_vocabulary(inputs: Inputs) -> None:
+def _check_vocabulary(config: RunConfig, inputs: Inputs) -> None:
     highest, limit = max(*inputs.tokenizer.vocabulary.values(), *inputs.tokenizer.stop_ids), inputs.arch.vocab_size
     if highest >= limit:
         raise ConfigError(
             f"{inputs.model_folder}: the tokenizer or generation_config.json has token id {highest}, config.json's "
             f"vocab_size is {limit}; use the model's own tokenizer"
+        )
+    if config.objective.kind == "teacher_topk" and config.objective.top_k > limit:
+        raise ConfigError(
+            f"objective.top_k: {config.objective.top_k} is more than the {limit} tokens of the vocabulary; lower it"
         )
 
 
@@ -120,6 +125,8 @@ def _check_lengths(config: RunConfig, arch: Architecture) -> None:
 def _check_data(config: RunConfig, tokenizer: Tokenizer) -> None:
     mixer = DomainMixer(config, tokenizer)
     mixer.check()
+    for name, domain in config.domains.items():
+        check_command(name, domain)
 
 
 def _check_run_folder(config: RunConfig) -> None:

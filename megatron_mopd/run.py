@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from megatron_mopd.compute import token_metrics
 from megatron_mopd.config import RunConfig, save_config
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluate import evaluate
@@ -121,6 +122,9 @@ class Run:
             **report.metrics,
             **rollout_metrics(rollouts, self.config.domain_names),
             **self.collector.sampling_metrics,
+            **token_metrics(
+                rollouts, generated=self.collector.generated_tokens, has_teachers=bool(self.config.teachers)
+            ),
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }

@@ -21,6 +21,9 @@ def run_identity(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "seed": config.seed,
         "prompts_per_step": config.prompts_per_step,
         "domains": to_tree(config.domains),
+        "domain_schedule": config.domain_schedule,
+        # One domain after another: how many steps there are says whose turn it is.
+        **({"steps": config.steps} if config.domain_schedule == "sequential" else {}),
         "objective": to_tree(config.objective),
         "rollout": to_tree(config.rollout),
         "evaluation": {"seed": config.evaluation.seed, "prompts": config.evaluation.prompts},

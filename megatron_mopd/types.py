@@ -119,15 +119,19 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
-    """What the routed teacher says about the rows of one micro-batch. At most one field is set.
+    """What the routed teacher says about the rows of one micro-batch: what the objective needs, and no more.
 
-    Both are None where there is no teacher, and on ranks that do not hold the last pipeline stage.
+    All are None where there is no teacher, and on ranks that do not hold the last pipeline stage.
     """
 
     logprobs: Tensor | None = None
     """[R] fp32, log q(target); all that the `sampled` objective needs."""
     hidden: Tensor | None = None
     """[R, H_teacher] last hidden states; `full_vocab` rebuilds the logits from them, chunk by chunk."""
+    topk_ids: Tensor | None = None
+    """[R, k] int64, the teacher's most likely tokens, for `teacher_topk`."""
+    topk_logprobs: Tensor | None = None
+    """[R, k] fp32, log q of those tokens under the whole vocabulary's softmax."""
 
 
 NO_SCORES = TeacherScores()

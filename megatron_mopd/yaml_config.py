@@ -25,6 +25,11 @@ class ConfigError(ValueError):
     """The user's configuration, data or checkpoint cannot be used; the message says where and what to do."""
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
 class _StrictLoader(yaml.SafeLoader):
     pass
 

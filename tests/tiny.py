@@ -68,6 +68,15 @@ def write_model(
     return arch
 
 
+OBJECTIVES = {
+    "teacher_topk": ObjectiveSpec(kind="teacher_topk", top_k=8),
+    "forward_kl": ObjectiveSpec(kind="full_vocab", divergence="forward_kl"),
+    "mixed": ObjectiveSpec(kind="full_vocab", divergence="mixed", alpha=0.3),
+    "jsd": ObjectiveSpec(kind="full_vocab", divergence="jsd", beta=0.3),
+}
+"""What `kind` means below, where it is more than `objective.kind`."""
+
+
 def run_config(
     folder: Path,
     *,
@@ -92,7 +101,7 @@ def run_config(
         teachers={name: TeacherSpec(checkpoint=str(folder / name)) for name in teachers} if mopd else {},
         domains={name: DomainSpec(source=source, teacher=name if mopd else None) for name in teachers},
         optim=OptimSpec(lr=lr, eps=eps, max_tokens_per_microbatch=max_tokens),
-        objective=ObjectiveSpec(kind=kind),  # type: ignore[arg-type]
+        objective=OBJECTIVES.get(kind) or ObjectiveSpec(kind=kind),  # type: ignore[arg-type]
         parallel=parallel or ParallelSpec(),
         rollout=RolloutSpec(samples_per_prompt=4 if kind == "grpo" else 1),
     )

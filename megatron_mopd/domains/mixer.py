@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mopd.config import RunConfig
+from megatron_mopd.domains.ifeval import read_instructions
 from megatron_mopd.domains.source import (
     Item,
     JsonlSource,
@@ -43,21 +44,21 @@ class DomainMixer:
     """Every rank builds one from the same configuration and draws the same prompts."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer):
-        total = sum(spec.weight for spec in config.domains.values())
-        self._shares = {name: spec.weight / total for name, spec in config.domains.items()}
+        self._shares = config.domain_shares
         self._feeds = {name: _Feed(name, config, tokenizer) for name in config.domains}
         self._states = {name: DomainState() for name in config.domains}
 
-    def draw(self, count: int) -> list[Prompt]:
-        """The next `count` prompts, domains interleaved.
+    def draw(self, count: int, step: int = 0) -> list[Prompt]:
+        """The next `count` prompts, domains interleaved, in the shares of `step`.
 
         Each prompt goes to the domain that is owed most, so shares are exact whenever count * share is whole
         for all, and the rest is carried over: drawing 20 twice is drawing 40. Raises ConfigError for a domain
         that has no usable prompt left.
         """
         prompts = []
+        shares = self._shares(step)
         for _ in range(count):
-            for name, share in self._shares.items():
+            for name, share in shares.items():
                 self._states[name].credit += share
             # Rounded, so that a tie in spite of the last bit goes to the domain that is named first.
             chosen = max(self._states, key=lambda name: round(self._states[name].credit, 9))
@@ -109,8 +110,8 @@ class _Feed:
     def __init__(self, name: str, config: RunConfig, tokenizer: Tokenizer):
         self._name, self._spec, self._tokenizer = name, config.domains[name], tokenizer
         self._seed, self._held_out_count = config.seed, config.evaluation.prompts
-        self._wrong_share = self._spec.wrong_answers if config.stage == "sft" else 0.0
-        self._sft = config.stage == "sft"
+        self._wrong_share = self._spec.wrong_answers if config.reads_answers else 0.0
+        self._sft = config.reads_answers
         self._training, self._evaluation = _open_sources(name, config, needs_answer=self._needs_answer)
         self._held_out_items: list[tuple[int, Item]] | None = None
         self._held_out_keys: frozenset[str] = frozenset()
@@ -217,9 +218,10 @@ def _open_sources(name: str, config: RunConfig, needs_answer: bool) -> tuple[Sou
         held_out = ReasoningGymSource(spec.reasoning_gym, spec.params, held_out_seed, key)
         return training, held_out
     assert spec.jsonl is not None
-    items = read_jsonl(Path(spec.jsonl), name, needs_answer=needs_answer)
+    check = read_instructions if config.domains[name].verifier == "ifeval" else None
+    items = read_jsonl(Path(spec.jsonl), name, needs_answer=needs_answer, check=check)
     if spec.held_out is not None:
-        kept = read_jsonl(Path(spec.held_out), name, needs_answer=needs_answer)
+        kept = read_jsonl(Path(spec.held_out), name, needs_answer=needs_answer, check=check)
     else:
         items, kept = split_held_out(items)
     if not items:

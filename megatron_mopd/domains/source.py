@@ -149,11 +149,14 @@ class JsonlSource:
         return order
 
 
-def read_jsonl(path: Path, domain: str, *, needs_answer: bool) -> list[Item]:
+def read_jsonl(
+    path: Path, domain: str, *, needs_answer: bool, check: Callable[[Mapping[str, Any], str], object] | None = None
+) -> list[Item]:
     """The lines of `domain`: those without a "domain", and those that name this one.
 
     Each line is {"prompt": text | "messages": [{"role", "content"}, ...], "answer": text, "domain"?: text};
-    blank lines are skipped. Raises ConfigError with file and line for a broken one, and for no line at all.
+    blank lines are skipped. `check(line, "file:number")` looks at what else the verifier needs of a line.
+    Raises ConfigError with file and line for a broken one, and for no line at all.
     """
     items = []
     lines = 0
@@ -163,7 +166,10 @@ def read_jsonl(path: Path, domain: str, *, needs_answer: bool) -> list[Item]:
                 if raw.strip():
                     lines += 1
                     item = _parse_line(raw, f"{path}:{number}", domain, needs_answer)
-                    items += [] if item is None else [item]
+                    if item is not None:
+                        if check is not None:
+                            check(item.record, f"{path}:{number}")
+                        items.append(item)
     except OSError as error:
         raise ConfigError(f"domains.{domain}.source: {path}: {error.strerror}") from None
     if not lines:

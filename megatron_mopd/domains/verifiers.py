@@ -1,4 +1,4 @@
-"""Scores responses: the reasoning-gym task's own scorer, math-verify, or exact text. Rewards: 0 to 1."""
+"""Scores responses, 0 to 1: a reasoning-gym task's own scorer, math-verify, exact text, IFEval, or a program."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from megatron_mopd.config import DomainSpec, RunConfig
+from megatron_mopd.domains.command import Question, question_text, score_by_command
+from megatron_mopd.domains.ifeval import judge, read_instructions
+from megatron_mopd.domains.reasoning import after_reasoning
 from megatron_mopd.domains.source import build_task
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Rollout
@@ -89,17 +92,41 @@ def verify(rollouts: Sequence[Rollout], config: RunConfig, tokenizer: Tokenizer)
 
     Must run in a process's main thread: its time limits use signals (SIGVTALRM; math-verify's, SIGALRM).
     """
-    return [
-        dataclasses.replace(rollout, reward=score(tokenizer.decode(rollout.response_ids), rollout, config.domains))
-        for rollout in rollouts
+    responses = [tokenizer.decode(rollout.response_ids) for rollout in rollouts]
+    rewards = [0.0] * len(rollouts)
+    for name in dict.fromkeys(rollout.domain for rollout in rollouts):
+        spec = config.domains[name]
+        own = [index for index, rollout in enumerate(rollouts) if rollout.domain == name]
+        if spec.verifier == "command":
+            scores = _score_by_command(name, spec, [(responses[index], rollouts[index]) for index in own])
+        else:
+            scores = [score(responses[index], rollouts[index], config.domains) for index in own]
+        for index, reward in zip(own, scores, strict=True):
+            rewards[index] = reward
+    return [dataclasses.replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
+def _score_by_command(name: str, spec: DomainSpec, answered: Sequence[tuple[str, Rollout]]) -> list[float]:
+    questions = [
+        Question(
+            id=f"{rollout.prompt.id}#{rollout.sample}",
+            prompt=question_text(rollout.prompt.record),
+            response=response,
+            answer=rollout.prompt.answer,
+            record=rollout.prompt.record,
+        )
+        for response, rollout in answered
     ]
+    return score_by_command(name, spec, questions)
 
 
 def score(response: str, rollout: Rollout, domains: Mapping[str, DomainSpec]) -> float:
-    """The reward of one response text."""
+    """The reward of one response text, by any verifier but `command`, which takes a batch at once."""
     spec, prompt = domains[rollout.domain], rollout.prompt
     if spec.verifier == "none":
         return 0.0
+    if spec.verifier == "ifeval":
+        return judge(after_reasoning(response), read_instructions(prompt.record, prompt.id)).reward
     answer = final_answer(response)
     if spec.verifier == "exact":
         return float(answer == prompt.answer.strip())

@@ -35,6 +35,8 @@ class Collector:
         self._world = world
         self.sampling_metrics: dict[str, float] = {}
         """Of the last `collect` with dynamic sampling: what was sampled, before groups without signal were left out."""
+        self.generated_tokens = 0
+        """Sampled in the last `collect`, also for rollouts that were left out; 0 where answers are only looked up."""
 
     def collect(self, step: int) -> list[Rollout]:
         """The rollouts of `step`: what they are depends on (seed, step) and the weights, not on the layout."""
@@ -44,7 +46,7 @@ class Collector:
         sampled: list[Rollout] = []
         for attempt in range(rounds):
             missing = config.prompts_per_step - len(kept) // config.rollout.samples_per_prompt
-            prompts = self._mixer.draw(missing)
+            prompts = self._mixer.draw(missing, step)
             rollouts = self.sample(prompts, seed=config.seed * 1_000_003 + step * rounds + attempt)
             if config.needs_outcome:
                 rollouts = group_advantages(rollouts, config.objective.normalise_by_std)
@@ -53,6 +55,8 @@ class Collector:
             kept += rollouts if rounds == 1 or (last and not kept) else _with_signal(rollouts)
             if len(kept) >= config.prompts_per_step * config.rollout.samples_per_prompt:
                 break
+        if config.generates:
+            self.generated_tokens = sum(int(rollout.loss_mask.sum()) for rollout in sampled)
         if rounds > 1:
             names = config.domain_names
             self.sampling_metrics = {

@@ -12,17 +12,19 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from kernels import VocabShard, linear_divergence, token_logprob
+from kernels import VocabShard, linear_divergence, token_logprob, topk_divergence
 from megatron_mopd import losses
-from megatron_mopd.config import RunConfig
+from megatron_mopd.config import ObjectiveSpec, RunConfig
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.model import forward_hidden, output_weight
+from megatron_mopd.student.top_tokens import top_tokens
 from megatron_mopd.types import NO_SCORES, MicroBatch, TeacherScores
 
 METRICS = {
     "cross_entropy": ("token_loss", "entropy"),
     "grpo": ("token_loss", "entropy", "ratio", "clip_share"),
     "sampled": ("token_loss", "entropy", "reverse_kl", "advantage", "clip_share"),
+    "teacher_topk": ("token_loss", "entropy", "reverse_kl", "teacher_mass"),
     "full_vocab": ("token_loss", "entropy", "reverse_kl"),
 }
 """objective kind -> the per-token quantities that are reported, averaged per domain; the loss comes first."""
@@ -81,15 +83,19 @@ def run_schedule(
 
 @torch.no_grad()
 def score(
-    model: GPTModel, batches: Sequence[MicroBatch], vocab_size: int, world: World, *, keep_hidden: bool
+    model: GPTModel, batches: Sequence[MicroBatch], vocab_size: int, world: World, objective: ObjectiveSpec
 ) -> list[TeacherScores]:
-    """What a frozen model says about the trained tokens: their log-probs, or the hidden states behind all logits."""
+    """What a frozen model says about the trained tokens, as `objective` needs it: their log-probs, its own most likely
+    tokens, or the hidden states behind all logits."""
 
     def at_the_end(batch: MicroBatch, hidden: Tensor) -> TeacherScores:
         rows = hidden_rows(hidden, batch, world)
-        if keep_hidden:
+        if objective.kind == "full_vocab":
             return TeacherScores(hidden=rows)
         shard = vocab_shard(model, vocab_size, world)
+        if objective.kind == "teacher_topk":
+            top = top_tokens(rows, output_weight(model), objective.top_k, shard)
+            return TeacherScores(topk_ids=top.ids, topk_logprobs=top.logprobs)
         return TeacherScores(logprobs=token_logprob(rows, output_weight(model), batch.targets, shard=shard).logprob)
 
     if not batches:
@@ -150,8 +156,22 @@ class LossStep:
         shard = vocab_shard(model, self._vocab_size, self._world)
         if spec.kind == "full_vocab":
             assert teacher.hidden is not None and batch.teacher is not None
-            stats = linear_divergence(rows, weight, teacher.hidden, heads[batch.teacher], shard=shard)
-            return losses.full_vocab(stats.divergence, batch.weights), stats.student_entropy
+            stats = linear_divergence(
+                rows,
+                weight,
+                teacher.hidden,
+                heads[batch.teacher],
+                spec.divergence,
+                alpha=spec.alpha,
+                beta=spec.beta,
+                shard=shard,
+                return_stats=spec.divergence != "reverse_kl",
+            )
+            return losses.full_vocab(
+                stats.divergence, batch.weights, reverse_kl=stats.reverse_kl
+            ), stats.student_entropy
+        if spec.kind == "teacher_topk":
+            return self._teacher_topk(batch, teacher, rows, weight, shard)
         tokens = token_logprob(rows, weight, batch.targets, shard=shard, temperature=self._temperature)
         if spec.kind == "sampled":
             assert teacher.logprobs is not None
@@ -175,6 +195,17 @@ class LossStep:
         else:
             loss = losses.cross_entropy(tokens.logprob, batch.weights)
         return loss, tokens.entropy
+
+    def _teacher_topk(
+        self, batch: MicroBatch, teacher: TeacherScores, rows: Tensor, weight: Tensor, shard: VocabShard
+    ) -> tuple[losses.Loss, Tensor]:
+        assert teacher.topk_ids is not None and teacher.topk_logprobs is not None
+        divergence = topk_divergence(
+            rows, teacher.topk_ids, teacher.topk_logprobs, student_weight=weight, form="raw", shard=shard
+        )
+        with torch.no_grad():
+            entropy = token_logprob(rows, weight, batch.targets, shard=shard).entropy
+        return losses.teacher_topk(divergence, teacher.topk_logprobs, batch.weights), entropy
 
     def _per_domain(self, batch: MicroBatch, rows: Mapping[str, Tensor]) -> Tensor:
         """[len(metrics) + 3, domains] sums over the rows of one micro-batch."""

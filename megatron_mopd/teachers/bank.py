@@ -71,14 +71,13 @@ class TeacherBank:
     def score(self, batches: Sequence[MicroBatch]) -> list[TeacherScores]:
         """One entry per micro-batch, in order. Collective; one swap per teacher that any rank has work for."""
         scores: list[TeacherScores] = [TeacherScores()] * len(batches)
-        keep_hidden = self._config.objective.kind == "full_vocab"
         for name, teacher in self._teachers.items():
             own = [index for index, batch in enumerate(batches) if batch.teacher == name]
             if not own:
                 continue
             slot = self.swap_in(name)
             results = score(
-                slot, [batches[i] for i in own], teacher.arch.vocab_size, self._world, keep_hidden=keep_hidden
+                slot, [batches[i] for i in own], teacher.arch.vocab_size, self._world, self._config.objective
             )
             for index, result in zip(own, results, strict=True):
                 scores[index] = result

@@ -31,13 +31,7 @@ def check_initial_divergence(run: Run) -> None:
     prompts = [p for name in config.domains for p in run.mixer.held_out(name)[:PROMPTS_PER_DOMAIN]]
     batches = run.pack(run.collector.sample(prompts, seed=config.evaluation.seed, samples=1))
     measured = run.student.measure(batches, run.teachers.score(batches), run.teachers.heads())
-    own = score(
-        run.student.model,
-        batches,
-        run.student.arch.vocab_size,
-        world,
-        keep_hidden=config.objective.kind == "full_vocab",
-    )
+    own = score(run.student.model, batches, run.student.arch.vocab_size, world, config.objective)
     heads = {name: output_weight(run.student.model) for name in config.teachers} if world.is_last_stage else {}
     floor = run.student.measure(batches, own, heads)["reverse_kl"]
     kls = ", ".join(f"{name} {measured[f'reverse_kl/{name}']:.4f}" for name in config.domains)

@@ -179,14 +179,18 @@ def self_distillation(config: RunConfig, folder: Path) -> dict:
             "identical": identical, "after": other}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["full_vocab", "sampled"])
 @pytest.mark.parametrize(
-    ("world", "parallel"),
-    [(1, ParallelSpec()), (4, ParallelSpec(tensor=2, pipeline=2))],
-    ids=["111", "221"],
+    ("world", "parallel", "kind"),
+    [
+        *(
+            (1, ParallelSpec(), kind)
+            for kind in ("full_vocab", "sampled", "teacher_topk", "forward_kl", "mixed", "jsd")
+        ),
+        *((4, ParallelSpec(tensor=2, pipeline=2), kind) for kind in ("full_vocab", "sampled", "teacher_topk")),
+    ],
 )
 def test_a_student_that_is_its_own_teacher_learns_nothing(
-    kind: str, world: int, parallel: ParallelSpec, models: Path
+    world: int, parallel: ParallelSpec, kind: str, models: Path
 ) -> None:
     config = tiny.run_config(models, kind=kind, parallel=parallel, max_tokens=40)
     result = run_ranks(self_distillation, world, config, models, init=False)[0]

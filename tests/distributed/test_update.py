@@ -27,6 +27,16 @@ LAYOUTS = [  # world, TP, PP, EP
     (4, 2, 2, 1),
     (8, 2, 2, 2),
 ]
+KINDS = ("full_vocab", "sampled", "teacher_topk", "forward_kl", "mixed", "jsd", "grpo", "cross_entropy")
+CASES = [(kind, layout) for kind in ("full_vocab", "sampled", "teacher_topk") for layout in LAYOUTS[1:]] + [
+    # What is split over tensor, pipeline, expert and data ranks, once each: the paths differ in the loss only.
+    ("forward_kl", (2, 2, 1, 1)),
+    ("forward_kl", (2, 1, 2, 1)),
+    ("forward_kl", (2, 1, 1, 2)),
+    ("forward_kl", (2, 1, 1, 1)),
+    ("mixed", (4, 2, 1, 2)),
+    ("jsd", (4, 2, 2, 1)),
+]
 
 
 def one_update(config: RunConfig, folder: Path, ratio: float = 0.0) -> dict:
@@ -70,10 +80,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(models: Path) -> dict[str, dict]:
-    return {
-        kind: run_ranks(one_update, 1, tiny.run_config(models, kind=kind), models, init=False)[0]
-        for kind in ("full_vocab", "sampled", "grpo", "cross_entropy")
-    }
+    return {kind: run_ranks(one_update, 1, tiny.run_config(models, kind=kind), models, init=False)[0] for kind in KINDS}
 
 
 def assert_same(result: dict, expected: dict) -> None:
@@ -88,10 +95,11 @@ def assert_same(result: dict, expected: dict) -> None:
         torch.testing.assert_close(result["weights"][name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["full_vocab", "sampled"])
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: "w{}-tp{}-pp{}-ep{}".format(*layout))
+@pytest.mark.parametrize(
+    ("kind", "layout"), CASES, ids=["{}-w{}-tp{}-pp{}-ep{}".format(kind, *layout) for kind, layout in CASES]
+)
 def test_layout_does_not_change_an_update(
-    layout: tuple[int, int, int, int], kind: str, models: Path, reference: dict[str, dict]
+    kind: str, layout: tuple[int, int, int, int], models: Path, reference: dict[str, dict]
 ) -> None:
     world, tp, pp, ep = layout
     config = tiny.run_config(models, kind=kind, parallel=ParallelSpec(tensor=tp, pipeline=pp, expert=ep))
@@ -100,7 +108,7 @@ def test_layout_does_not_change_an_update(
     assert all(result["loss"] == results[0]["loss"] for result in results)
 
 
-@pytest.mark.parametrize("kind", ["full_vocab", "sampled", "grpo", "cross_entropy"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_micro_batch_size_does_not_change_an_update(kind: str, models: Path, reference: dict[str, dict]) -> None:
     config = tiny.run_config(models, kind=kind, max_tokens=24)
     result = run_ranks(one_update, 1, config, models, init=False)[0]

@@ -62,6 +62,18 @@ def test_no_tensor_of_all_logits() -> None:
     assert largest.elements == 1000 * 32  # the teacher's weight; the logits of all tokens would be 1000 * 64
 
 
+def test_sums_of_slabs_are_merged_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 slabs of 5 rows: kept until the end their sums would be the largest tensor, [200, 6, 64]."""
+    both, leaves = losses(Problem(tokens=64, vocab=1000))
+    want = torch.autograd.grad(both(64), leaves)
+    monkeypatch.setattr(layer_blocks, "BLOCK_ELEMENTS", 5 * 32)
+    monkeypatch.setattr(layer_blocks, "SMALLEST_SLAB", 5)
+    with LargestTensor() as largest:  # type: ignore[no-untyped-call, unused-ignore]
+        got = torch.autograd.grad(both(32), leaves)
+    assert largest.elements == 1000 * 32
+    assert max(map(relative_error, got, want)) < 1e-6
+
+
 def test_default_blocks_grow_with_nothing() -> None:
     for tokens, rows in ((64, 151936), (1000, 151936), (100_000, 151936), (1000, 32)):
         slabs, chunks = layer_blocks.cut(tokens, rows, 2048, None, None)

@@ -105,6 +105,16 @@ def test_dynamic_sampling_replaces_groups_without_signal() -> None:
     assert len(set(engine.seeds)) == len(engine.seeds)
 
 
+def test_generated_tokens_count_what_was_dropped() -> None:
+    run, tokenizer = config(dynamic_sampling=True), Tokenizer.load(MODEL)
+    collector = Collector(run, DomainMixer(run, tokenizer), Scripted(tokenizer, [4]), tokenizer, WORLD)
+    words = [len(tokenizer.encode(prompt.answer)) for prompt in DomainMixer(run, tokenizer).draw(16)]
+    kept = collector.collect(step=0)
+    # All answers are right, so no group has a signal: four rounds of four prompts with four samples each.
+    assert len(kept) == 16
+    assert collector.generated_tokens == 4 * sum(words)
+
+
 def test_dynamic_sampling_gives_up_with_what_it_has() -> None:
     rollouts, engine = collect(config(dynamic_sampling=True, max_sampling_rounds=2), right=[4, 1, 0, 0, 0, 4, 0])
     assert [r.prompt.id for r in rollouts] == [rollouts[0].prompt.id] * 4

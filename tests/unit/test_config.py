@@ -168,7 +168,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("optim.betas=[0.9, x]", "optim.betas[1]: expected float, got 'x' (str)"),
         ("stage=train", "stage: expected one of sft, rl, mopd, got 'train'"),
         ("model.dtype=[float32]", "model.dtype: expected one of float32, bfloat16, got ['float32']"),
-        ("domains.a.verifier=null", "domains.a.verifier: expected one of task, math, exact, none, got None"),
+        (
+            "domains.a.verifier=null",
+            "verifier: expected one of task, math, exact, ifeval, command, none, got None",
+        ),
     ],
 )
 def test_wrong_keys_and_types_name_the_key_path(tmp_path: Path, override: str, message: str) -> None:
@@ -322,7 +325,7 @@ def _mopd_without(old: str, new: str) -> str:
         (
             MOPD,
             ["objective.kind=grpo"],
-            "objective.kind: stage 'mopd' takes sampled or full_vocab, got 'grpo'",
+            "objective.kind: stage 'mopd' takes sampled, teacher_topk or full_vocab, got 'grpo'",
         ),
         (
             RL,

@@ -106,6 +106,22 @@ def test_draws_do_not_depend_on_how_they_are_cut(tokenizer: Tokenizer) -> None:
     assert facts(pieces) == facts(whole.draw(40))
 
 
+def test_a_cascade_draws_one_domain_after_another_and_resumes_within_it(tokenizer: Tokenizer) -> None:
+    config = dataclasses.replace(run_config(three()), domain_schedule="sequential", steps=10)
+    mixer, mixed = DomainMixer(config, tokenizer), DomainMixer(run_config(three()), tokenizer)
+    steps = [mixer.draw(4, step) for step in range(5)]
+    state = json.loads(json.dumps(mixer.state_dict()))
+    steps += [mixer.draw(4, step) for step in range(5, 10)]
+    # Shares 0.35, 0.35, 0.30 of ten steps: to 3.5, 7.0 and 10, of which the first rounds to 4.
+    assert [shares(prompts) for prompts in steps] == [{"math": 4}] * 4 + [{"text": 4}] * 3 + [{"gcd": 4}] * 3
+    # The prompts are those that a mixed run sees: only their order differs.
+    alike = [prompt for prompt in mixed.draw(60) if prompt.domain == "text"][:12]
+    assert facts([prompt for prompts in steps[4:7] for prompt in prompts]) == facts(alike)
+    resumed = DomainMixer(config, tokenizer)
+    resumed.load_state_dict(state)
+    assert [facts(resumed.draw(4, step)) for step in range(5, 10)] == [facts(prompts) for prompts in steps[5:]]
+
+
 def test_a_resumed_mixer_goes_on_as_if_uninterrupted(tokenizer: Tokenizer) -> None:
     config = run_config(three(wrong_answers=0.5), prompts=50)
     whole = DomainMixer(config, tokenizer)

@@ -1,0 +1,156 @@
+"""What a run minimises, and on whose answers: the objective, the rollouts, and the order of the domains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from megatron_mopd.yaml_config import ConfigError, require
+
+Stage = Literal["sft", "rl", "mopd"]
+Kind = Literal["sampled", "teacher_topk", "full_vocab", "grpo", "cross_entropy"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "mixed"]
+
+KINDS: Mapping[Stage, tuple[Kind, ...]] = {
+    "sft": ("cross_entropy",),
+    "rl": ("grpo",),
+    "mopd": ("sampled", "teacher_topk", "full_vocab"),
+}
+"""stage -> the objectives it can minimise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSpec:
+    """What is minimised. `stage` decides which kinds are allowed."""
+
+    kind: Kind = "sampled"
+    aggregation: Literal["sequence", "token"] = "sequence"
+    """sequence: mean over tokens, then over sequences (the papers) · token: mean over all tokens."""
+    advantage_clip: float = 5.0
+    """`sampled`: A_max of MOPD Eq. 4."""
+    outcome_weight: float = 0.0
+    """`sampled`: alpha of the outcome term alpha * A_GRPO (MiMo-V2-Flash Eq. 9)."""
+    top_k: int = 64
+    """`teacher_topk`: how many of the teacher's most likely tokens MOPD Eq. 5 sums over."""
+    divergence: Divergence = "reverse_kl"
+    """`full_vocab`: p student, q teacher. reverse_kl: KL(p || q) · forward_kl: KL(q || p) ·
+    mixed: alpha KL(q || p) + (1 - alpha) KL(p || q) ·
+    jsd: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD, arXiv 2306.13649 Eq. 1)."""
+    alpha: float = 0.5
+    """`divergence: mixed`: share of the forward KL."""
+    beta: float = 0.5
+    """`divergence: jsd`: share of the teacher in the mixture."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    """`grpo`: the ratio is clipped to [1 - clip_low, 1 + clip_high] (DAPO's clip-higher)."""
+    normalise_by_std: bool = True
+    """`grpo`: divide the centred group rewards by their standard deviation."""
+    dynamic_sampling: bool = False
+    """`grpo`: replace groups whose rewards are all equal by fresh ones (DAPO)."""
+    max_sampling_rounds: int = 4
+    """`grpo`: with dynamic sampling, give up on filling the batch after this many rounds."""
+
+    def __post_init__(self) -> None:
+        require(self.advantage_clip > 0, "advantage_clip: must be > 0")
+        require(self.outcome_weight >= 0, "outcome_weight: must be >= 0")
+        require(self.top_k >= 1, "top_k: must be >= 1")
+        require(0 <= self.alpha <= 1, "alpha: must be in [0, 1]")
+        require(0 < self.beta < 1, "beta: must be in (0, 1); its limits are divergence forward_kl and reverse_kl")
+        require(0 < self.clip_low < 1, "clip_low: must be in (0, 1)")
+        require(self.clip_high > 0, "clip_high: must be > 0")
+        require(self.max_sampling_rounds >= 1, "max_sampling_rounds: must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSpec:
+    engine: Literal["in_process", "dataset"] = "in_process"
+    """in_process: the student answers, on-policy · dataset: stored answers of the teachers, off-policy."""
+    dataset: str | None = None
+    """`dataset`: the file that `mopd sample` wrote."""
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    batch_size: int = 256
+    """Sequences that one rank decodes together."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "dataset" and not self.dataset:
+            raise ConfigError("dataset: missing; engine 'dataset' needs the file that `mopd sample` wrote")
+        if self.engine != "dataset" and self.dataset is not None:
+            raise ConfigError(f"dataset: not read by engine '{self.engine}'; set engine: dataset or remove it")
+        require(self.samples_per_prompt >= 1, "samples_per_prompt: must be >= 1")
+        require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
+        require(0 < self.top_p <= 1, "top_p: must be in (0, 1]")
+        require(self.top_k >= 0, "top_k: must be >= 0 (0 is no limit)")
+        require(self.batch_size >= 1, "batch_size: must be >= 1")
+
+
+def check_method(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -> None:
+    """Raise ConfigError where stage, objective and rollouts do not go together."""
+    kind, allowed = objective.kind, KINDS[stage]
+    require(kind in allowed, f"objective.kind: stage '{stage}' takes {_either(allowed)}, got '{kind}'")
+    if kind == "grpo" or (kind == "sampled" and objective.outcome_weight > 0):
+        if rollout.samples_per_prompt < 2:
+            raise ConfigError("rollout.samples_per_prompt: group-normalised rewards need at least 2 samples a prompt")
+        if rollout.temperature == 0:
+            raise ConfigError("rollout.temperature: group-normalised rewards need temperature > 0")
+    if rollout.engine == "dataset":
+        _check_dataset(stage, objective, rollout)
+    _check_unused(stage, objective, rollout)
+
+
+def _check_dataset(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -> None:
+    if stage == "rl":
+        raise ConfigError("rollout.engine: stage 'rl' learns from the student's own answers; use in_process")
+    if objective.kind == "sampled":
+        raise ConfigError(
+            "objective.kind: 'sampled' is an estimate on the student's own answers, wrong on those of a dataset; "
+            "use full_vocab or teacher_topk, or rollout.engine: in_process"
+        )
+    if rollout.samples_per_prompt != 1:
+        raise ConfigError("rollout.samples_per_prompt: every line of a dataset is one answer; set it to 1")
+
+
+def _check_unused(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -> None:
+    """A value that would change nothing is a misunderstanding: say so instead of ignoring it."""
+    kind, unset = objective.kind, ObjectiveSpec()
+    if objective.outcome_weight > 0 and kind != "sampled":
+        raise ConfigError(f"objective.outcome_weight: only the kind 'sampled' has an outcome term, not '{kind}'")
+    if objective.dynamic_sampling and kind != "grpo":
+        raise ConfigError(f"objective.dynamic_sampling: only for the kind 'grpo', not '{kind}'")
+    if objective.top_k != unset.top_k and kind != "teacher_topk":
+        raise ConfigError(f"objective.top_k: only for the kind 'teacher_topk', not '{kind}'")
+    if objective.divergence != unset.divergence and kind != "full_vocab":
+        raise ConfigError(f"objective.divergence: only for the kind 'full_vocab', not '{kind}'")
+    if objective.alpha != unset.alpha and objective.divergence != "mixed":
+        raise ConfigError(f"objective.alpha: only for divergence 'mixed', not '{objective.divergence}'")
+    if objective.beta != unset.beta and objective.divergence != "jsd":
+        raise ConfigError(f"objective.beta: only for divergence 'jsd', not '{objective.divergence}'")
+    if stage == "sft" and rollout.samples_per_prompt != 1:
+        raise ConfigError("rollout.samples_per_prompt: stage 'sft' has one reference answer a prompt; set it to 1")
+
+
+def sequential_steps(weights: Mapping[str, float], steps: int) -> dict[str, range]:
+    """domain -> its steps: one domain after another in the order given, as many steps as its share of `weights`.
+
+    Cascade RL. Rounded so that the ranges tile [0, steps). Raises ConfigError for a domain without a step.
+    """
+    total = sum(weights.values())
+    ends = [round(steps * part / total) for part in accumulate(weights.values())]
+    ranges = {name: range(start, end) for name, start, end in zip(weights, [0, *ends], ends, strict=False)}
+    for name, own in ranges.items():
+        if not own:
+            raise ConfigError(
+                f"domain_schedule: 'sequential' leaves none of the {steps} steps to domain {name}; "
+                f"raise steps or domains.{name}.weight"
+            )
+    return ranges
+
+
+def _either(names: tuple[str, ...]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
