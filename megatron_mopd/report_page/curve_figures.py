@@ -122,9 +122,9 @@ def _domains(curves: Sequence[Curve], metric: str) -> list[str]:
 
 
 def _label_panels(grid: Sequence[Any], ends: Sequence[Sequence[EndLabel]], every: int) -> None:
-    """Label the lines of the last panel in each row of `every` panels, and of the very last."""
+    """Label the lines of every panel that ends a row of `every`; the same colours hold for the rest."""
     for index, (axes, labels) in enumerate(zip(grid, ends, strict=True)):
-        if index % every == every - 1 or index == len(grid) - 1:
+        if index % every == every - 1:
             label_ends(axes, labels, 7.5)
 
 

@@ -87,7 +87,7 @@ def looks(families: Mapping[str, str]) -> dict[str, Look]:
 def domain_colours(domains: Sequence[str]) -> dict[str, str]:
     """Light colours for areas that lie beside each other; they come again after the ninth (Paul Tol's `light`)."""
     soft = ("#77AADD", "#EE8866", "#44BB99", "#FFAABB", "#EEDD88", "#99DDFF", "#BBCC33", "#DDDDDD", "#AAAA00")
-    return {name: soft[index % len(soft)] for index, name in enumerate(domains)}
+    return {name: _tinted(soft[index % len(soft)], 0.3) for index, name in enumerate(domains)}
 
 
 def luminance(colour: str) -> float:
