@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,19 @@ from megatron_mopd.report_page.published import ABLATIONS, TABLE
 from megatron_mopd.report_page.read_summary import read_summary
 from megatron_mopd.report_page.sources import Sources, read_sources
 from megatron_mopd.report_page.study import Study
-from megatron_mopd.report_page.style import ink, looks, luminance
+from megatron_mopd.report_page.style import ink, looks, luminance, styled
 from tests.unit.report_study import summary, write_metrics, write_study
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     return read_sources([write_study(tmp_path_factory.mktemp("study"))])
+
+
+@pytest.fixture(autouse=True)
+def style() -> Iterator[None]:
+    with styled():
+        yield
 
 
 @pytest.fixture
@@ -62,6 +69,15 @@ def test_a_summary_is_read_as_it_is_written(study: Study) -> None:
     assert [path.name for path in mopd.runs.values()] == ["mopd0", "mopd1"]
     assert mopd.model.perplexity is not None and mopd.model.perplexity.mean == pytest.approx(21.456)
     assert [(point.teachers, point.score.mean) for point in study.scaling] == [(1, 0.981), (8, 0.872), (8, 0.743)]
+
+
+def test_a_study_can_be_moved(sources: Sources, tmp_path: Path) -> None:
+    content = summary()
+    for entry in content["methods"].values():
+        entry["runs"] = {seed: f"runs/tiny/reproduce/{path}" for seed, path in entry["runs"].items()}
+    moved = read_sources([write_study(tmp_path, content)])
+    assert [curve.name for curve in moved.curve_sets[0].curves] == ["mix_rl", "mopd"]
+    assert moved.curve_sets[0].curves == sources.curve_sets[0].curves
 
 
 def test_a_teacher_may_have_several_domains_or_none(tmp_path: Path) -> None:
@@ -125,7 +141,7 @@ def test_a_null_in_the_metrics_is_no_point(tmp_path: Path) -> None:
 
 
 def test_labels_move_apart_and_no_further() -> None:
-    assert spread([0.1, 0.9], 0.2, 0, 1) == [0.1, 0.9]
+    assert spread([0.1, 0.9], 0.2, 0, 1) == pytest.approx([0.1, 0.9])
     assert spread([0.5, 0.5], 0.2, 0, 1) == pytest.approx([0.4, 0.6])
     assert spread([0.9, 0.88, 0.1], 0.2, 0, 1) == pytest.approx([0.99, 0.79, 0.1])
     assert spread([1.0, 1.0, 1.0], 0.3, 0, 1) == pytest.approx([0.4, 0.7, 1.0])

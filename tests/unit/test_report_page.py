@@ -217,17 +217,6 @@ def test_several_folders_are_told_apart(tmp_path: Path) -> None:
     assert names == {"scores-first", "accuracy-first", "compute-first", "forgetting-first", "scaling-other-b-study-b-x"}
 
 
-def test_a_study_can_be_moved(study: Path, report: Path, tmp_path: Path) -> None:
-    content = summary()
-    for entry in content["methods"].values():
-        entry["runs"] = {seed: f"runs/tiny/reproduce/{path}" for seed, path in entry["runs"].items()}
-    moved = tmp_path / "moved"
-    shutil.copytree(study / "runs", moved / "runs")
-    (moved / "summary.json").write_text(json.dumps(content))
-    out = write_report([moved], tmp_path / "out").parent
-    assert (out / "learning.png").read_bytes() == (report / "learning.png").read_bytes()
-
-
 def _broken(folder: Path, **changes: object) -> None:
     (folder / "summary.json").write_text(json.dumps(summary() | changes))
 
