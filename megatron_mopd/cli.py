@@ -80,6 +80,12 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         cli_text.REPRODUCE_EPILOG,
     )
     _add_reproduce_options(compare)
+    report = _command(
+        commands, "report RUN...", _report, "tables and figures of runs", cli_text.REPORT, cli_text.REPORT_EPILOG
+    )
+    report.usage = "mopd report RUN... [--out DIR]"
+    report.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, a demo or a reproduction")
+    report.add_argument("--out", metavar="DIR", help="folder to write; default: report in the first RUN")
     benchmark = _command(
         commands,
         "benchmark NAME --from FILE --out FILE",
@@ -216,6 +222,14 @@ def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_mopd.demo import run_demo
 
     return run_demo(config_dir, Path(arguments.run_dir), overrides)
+
+
+def _report(arguments: argparse.Namespace, more_runs: list[str]) -> int:
+    from megatron_mopd.report_page.write import write_report
+
+    folders = [Path(run) for run in (*arguments.runs, *more_runs)]
+    print(write_report(folders, Path(arguments.out) if arguments.out else folders[0] / "report"))
+    return 0
 
 
 def _benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -14,6 +14,7 @@ examples:
   mopd demo                                               all of it, small, on this machine's cores
   mopd run configs/tiny/mopd.yaml                         one stage
   mopd run configs/tiny/mopd.yaml steps=5 optim.lr=1e-4   the same with other values
+  mopd report runs/demo                                   tables and figures, as one HTML page and Markdown
   mopd COMMAND --help                                     more on one command
 
 exit codes:
@@ -77,7 +78,7 @@ DEMO = """\
 All of MOPD in minutes on two CPU cores: an SFT base, three domain teachers trained from it by RL, one
 student that learns from all three on its own answers, and a table that says how much of each it inherited.
 
-An interrupted demo goes on where it stopped. It leaves summary.json and a PNG in the run folder.
+An interrupted demo goes on where it stopped. It leaves summary.json and report/report.html in the run folder.
 """
 
 DEMO_EPILOG = """\
@@ -101,6 +102,19 @@ examples:
   mopd reproduce configs/tiny/reproduce.yaml --seeds 1     one seed of all
   mopd reproduce configs/tiny/reproduce.yaml --only mopd   one method, with what it needs
   mopd reproduce configs/tiny/reproduce.yaml --tune        the trials, on the validation split
+"""
+
+REPORT = """\
+Tables and figures of what runs found: report.html, one file that needs nothing else, report.md, and each figure
+as PNG and PDF. RUN is the folder of a `mopd reproduce`, of a `mopd demo` or of a single run; several are
+reported together. What a folder does not have is said in its section.
+"""
+
+REPORT_EPILOG = """\
+examples:
+  mopd report runs/tiny/reproduce
+  mopd report runs/tiny/reproduce runs/tiny/scaling --out paper/report
+  mopd report runs/mopd runs/mopd_sampled
 """
 
 BENCHMARK = """\
