@@ -26,8 +26,9 @@ def write_comparison(folder: Path) -> Path:
     """Write everything that the comparison needs into `folder`, which must not exist, and return its file."""
     folder.mkdir(parents=True)
     small_model(folder / "model")
-    lines = [{"prompt": f"{left} + {right}", "answer": str(left + right)} for left in range(20) for right in range(9)]
-    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, answer in (("a", "7"), ("b", "xy")):  # so easy that a few steps tell the models apart
+        lines = [{"prompt": f"{name} {number}", "answer": answer} for number in range(200)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, tree in _runs(folder).items():
         write(folder / f"{name}.yaml", tree)
     models = dict.fromkeys("ab", "unused")
@@ -37,8 +38,7 @@ def write_comparison(folder: Path) -> Path:
 
 def _runs(folder: Path) -> dict[str, dict[str, Any]]:
     domains: dict[str, dict[str, Any]] = {
-        "a": {"source": {"jsonl": str(folder / "a.jsonl")}, "verifier": "exact"},
-        "b": {"source": {"reasoning_gym": "spell_backward", "min_word_len": 3, "max_word_len": 4}},
+        name: {"source": {"jsonl": str(folder / f"{name}.jsonl")}, "verifier": "exact"} for name in "ab"
     }
     for domain in domains.values():
         domain |= {"max_prompt_tokens": 24, "max_response_tokens": 6}
@@ -61,7 +61,7 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
         "run_dir": "unused",
         "steps": 4,
         "prompts_per_step": 8,
-        "optim": {"lr": 1e-3},
+        "optim": {"lr": 1e-2},
         "parallel": {"ranks": 2},  # one each in the comparison: an override of all runs
         "checkpoint": {"every": 2, "keep_last": 1},
         "log": {"tensorboard": False},
@@ -80,8 +80,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "budget": {"rollouts": 32},
         "base": {"run": str(folder / "sft.yaml")},
         "teachers": {
-            name: {"run": str(folder / "teacher.yaml"), "domains": [name], "overrides": ["optim.lr=0.01"]}
-            for name in "ab"
+            name: {"run": str(folder / "teacher.yaml"), "domains": [name], "overrides": ["steps=6"]} for name in "ab"
         },
         "methods": {
             "arithmetic": {"label": "Task Arithmetic", "family": "merge", "merge": str(folder / "merge.yaml")},

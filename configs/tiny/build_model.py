@@ -90,13 +90,12 @@ If there are multiple possible answers, only respond with one of them. You must 
 Your output should be a single string, with no spaces or punctuation.
 
 Now, form a valid palindrome using the following letters: """
-NOTE_RULES = """\
-Given two strings representing a ransom note and a magazine, return True if you can construct the ransom note using \
-the letters in the magazine, and False otherwise.
+WORD_RULES = """\
+Your task is to sort words in ascending or descending order using ASCII/Unicode ordering.
 
-Each letter in the magazine string can only be used once in your ransom note.
+Your output should be a comma-separated list of words, e.g. word_1, word_2, word_3
 
-Ransom note: """
+Now, sort these words in """
 SCALING_PHRASES = (
     *PHRASES,
     SPIRAL_RULES,
@@ -105,10 +104,20 @@ SCALING_PHRASES = (
     INSERTION_RULES,
     PALINDROME_RULES,
     ", ",
-    NOTE_RULES,
-    "\nMagazine: ",
-    "True",
-    "False",
+    WORD_RULES,
+    "ascending",
+    "descending",
+    " order (using ASCII/Unicode ordering) and return them as a comma-separated list: ",
+    "For the following matrix:\n",
+    "\n\nPerform the following series of operations in order:\n- Identity transformation, i.e. no change\n- ",
+    "Horizontally mirror the matrix\n",
+    "Vertically mirror the matrix\n",
+    "Mirror the matrix along the diagonal\n",
+    "Mirror the matrix along the counterdiagonal\n",
+    "Rotate the matrix ",
+    " degrees\n",
+    "Remove every 2-nd row (1-indexed)\n",
+    "Remove every 2-nd column (1-indexed)\n",
     "Keep all numbers larger than ",
     "Keep all numbers smaller than ",
     "Remove all numbers larger than ",
@@ -122,7 +131,6 @@ SCALING_PHRASES = (
     'How many times does the letter "',
     '" appear in the text: "',
     '"?',
-    "Calculate ",
 )
 
 CHAT_TEMPLATE = """\
