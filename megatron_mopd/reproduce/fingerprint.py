@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mopd.config import RunConfig
+from megatron_mopd.merge.config import MergeConfig
 from megatron_mopd.reproduce.graph import Node
-from megatron_mopd.yaml_config import ConfigError
+from megatron_mopd.yaml_config import ConfigError, build, to_tree
 
 IGNORED = ("run_dir", "out", "log", "checkpoint")
 """Top-level keys that change where and how often something is written, and nothing about the result."""
@@ -114,11 +117,33 @@ def ingredients(node: Node, hashes: Mapping[str, str], digests: FileDigests) -> 
 
 
 def _what_matters(node: Node) -> dict[str, Any]:
+    """The node's file without what the result does not depend on, and without values that are the default: so that
+    a key which a later version of this program adds does not make every result an old one."""
+    if node.kind == "merge":
+        config = _without_defaults(build(MergeConfig, node.tree))
+    else:
+        config = _without_defaults(build(RunConfig, node.tree))
     if node.kind != "eval":
-        return {key: value for key, value in node.tree.items() if key not in IGNORED}
-    config = {key: node.tree[key] for key in EVALUATED}
-    evaluation = {key: value for key, value in node.tree["evaluation"].items() if key != "every"}
-    return config | {"evaluation": evaluation, "model": {"dtype": node.tree["model"]["dtype"]}}
+        return {key: value for key, value in config.items() if key not in IGNORED}
+    evaluation = {key: value for key, value in config.get("evaluation", {}).items() if key != "every"}
+    kept = {key: value for key, value in config.items() if key in EVALUATED}
+    return kept | {"evaluation": evaluation, "model": {"dtype": node.tree["model"]["dtype"]}}
+
+
+def _without_defaults(value: Any) -> Any:
+    """As `to_tree`, without fields that have their default value."""
+    if isinstance(value, dict):
+        return {key: _without_defaults(item) for key, item in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return to_tree(value)
+    tree: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if item != default:
+            kept = _without_defaults(item)
+            tree |= kept if field.metadata.get("rest") else {field.name: kept}
+    return tree
 
 
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -104,7 +104,7 @@ def test_the_files_that_the_commands_get(config: Path) -> None:
 def test_only_what_depends_on_a_change_has_another_folder(config: Path) -> None:
     before = placed(config)
     file = config.parent / "teacher.yaml"
-    write(file, read(file) | {"steps": 5})
+    write(file, read(file) | {"prompts_per_step": 5})
     after = placed(config)
     moved = {name for name in before if before[name].folder != after[name].folder}
     assert moved == set(before) - {f"seed{seed}/{name}" for seed in (0, 1) for name in ("base", "base.eval")}
@@ -118,6 +118,17 @@ def test_where_and_how_often_something_is_written_is_no_change(config: Path, key
     assert folders == {item.folder for item in placed(config, f'overrides=["parallel.ranks=1", "{key}"]').values()}
 
 
+def test_a_default_that_is_written_out_is_no_change(config: Path) -> None:
+    before = placed(config)
+    file = config.parent / "mopd.yaml"
+    write(file, read(file) | {"allow_identical_teacher": False, "rollout": {"temperature": 1.0}})
+    assert {item.folder for item in placed(config).values()} == {item.folder for item in before.values()}
+    assert "allow_identical_teacher" not in before["seed0/mopd"].made_of.config
+    assert before["seed0/mopd"].made_of.config["optim"] == {"lr": 0.01}
+    assert before["seed0/mopd.eval"].made_of.config["evaluation"] == {
+        "prompts": 12, "samples": 2, "validation_prompts": 8}  # fmt: skip
+
+
 def test_an_edited_dataset_is_found_under_a_cached_node_and_the_reason_said(config: Path) -> None:
     before = placed(config)
     for item in before.values():
@@ -125,7 +136,7 @@ def test_an_edited_dataset_is_found_under_a_cached_node_and_the_reason_said(conf
     assert all(item.is_done and item.why() is None for item in before.values())
     data = config.parent / "a.jsonl"
     known = data.stat()
-    data.write_text(data.read_text().replace('"answer": "3"', '"answer": "4"'))
+    data.write_text(data.read_text().replace('"7"', '"8"', 1))
     os.utime(data, ns=(known.st_atime_ns, known.st_mtime_ns))  # small files are not taken at their time's word
     after = placed(config)
     assert not any(item.is_done for item in after.values())
@@ -133,9 +144,9 @@ def test_an_edited_dataset_is_found_under_a_cached_node_and_the_reason_said(conf
     reason = after["seed1/mopd"].why() or ""
     assert reason.split("; ") == [f"the content of {data} has changed", "seed1/base has changed",
                                   "seed1/teachers.a has changed", "seed1/teachers.b has changed"]  # fmt: skip
-    data.write_text(data.read_text().replace('"answer": "4"', '"answer": "3"', 1))
+    data.write_text(data.read_text().replace('"8"', '"7"', 1))
     write(config.parent / "mopd.yaml", read(config.parent / "mopd.yaml") | {"optim": {"lr": 5e-4}})
-    assert "optim.lr was 0.001, is 0.0005" in (placed(config)["seed0/mopd"].why() or "")
+    assert "optim.lr was 0.01, is 0.0005" in (placed(config)["seed0/mopd"].why() or "")
 
 
 def test_a_large_file_is_read_again_when_its_time_changes(config: Path) -> None:
@@ -146,7 +157,7 @@ def test_a_large_file_is_read_again_when_its_time_changes(config: Path) -> None:
     assert placed(config)["seed0/base"].folder == before
     known = json.loads((config.parent / "run" / "hashes.json").read_text())
     assert list(known) == [str(data)]
-    data.write_text(data.read_text().replace('"3"', '"4"'))
+    data.write_text(data.read_text().replace('"7"', '"8"', 1))
     assert placed(config)["seed0/base"].folder != before
 
 
