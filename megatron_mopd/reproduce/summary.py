@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_mopd.evaluation.results import EvalResult
@@ -80,7 +81,7 @@ def summarise(
 
     def accuracies(model: str) -> dict[str, Any]:
         return {
-            name: {"accuracy": over_seeds(lambda seed, name=name: figures.accuracy(seed, model, name))}  # type: ignore[misc]
+            name: {"accuracy": over_seeds(partial(figures.accuracy, model=model, domain=name))}
             for name in figures.domains
         }
 
@@ -90,11 +91,11 @@ def summarise(
     def method(name: str) -> dict[str, Any]:
         scores = accuracies(name)
         for domain, entry in scores.items():
-            entry["score"] = over_seeds(lambda seed, domain=domain: figures.score(seed, name, domain))  # type: ignore[misc]
+            entry["score"] = over_seeds(partial(figures.score, model=name, domain=domain))
         return {
             "label": config.label(name),
             "family": config.methods[name].family,
-            "score": over_seeds(lambda seed: figures.mean_score(seed, name, figures.domains)),
+            "score": over_seeds(partial(figures.mean_score, model=name, domains=figures.domains)),
             "domains": scores,
             "rollouts": config.rollouts(name),
             **_other_abilities(figures, name, seeds),
@@ -110,7 +111,7 @@ def summarise(
         "base": {"domains": accuracies(BASE), **_other_abilities(figures, BASE, seeds), "compute": compute(BASE)},
         "teachers": {
             name: {
-                "domain": next((d for d, teacher in figures.domains.items() if teacher == name), None),
+                "domain": _taught(figures, name),
                 "domains": accuracies(f"{TEACHERS}.{name}"),
                 "compute": compute(f"{TEACHERS}.{name}"),
                 "runs": {str(seed): str(stored[f"seed{seed}/{TEACHERS}.{name}"].folder) for seed in seeds},
@@ -120,6 +121,12 @@ def summarise(
         "methods": {name: method(name) for name in methods},
         "scaling": scaling(config, figures, seeds, methods),
     }
+
+
+def _taught(figures: Figures, teacher: str) -> str | list[str] | None:
+    """Its domain; a list where it has several, None where it has none."""
+    domains = [domain for domain, name in figures.domains.items() if name == teacher]
+    return (domains[0] if len(domains) == 1 else domains) or None
 
 
 def _other_abilities(figures: Figures, model: str, seeds: Sequence[int]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def score_table(summary: Mapping[str, Any]) -> Table:
         default=None,
     )
     table.add_row("base", "0", *_accuracies(summary["base"], summary))
-    owners = {teacher["domain"]: teacher for teacher in summary["teachers"].values()}
+    owners = _teacher_of_domain(summary)
     cells = [
         shown(owners[domain]["domains"][domain]["accuracy"]) if domain in owners else "-"
         for domain in summary["domains"]
@@ -49,6 +49,14 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     table.caption = "right: accuracy on held-out prompts"
     table.caption_justify = "left"
     return table
+
+
+def _teacher_of_domain(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    owners = {}
+    for teacher in summary["teachers"].values():
+        taught = teacher["domain"] or []
+        owners |= dict.fromkeys([taught] if isinstance(taught, str) else taught, teacher)
+    return owners
 
 
 def _accuracies(entry: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
