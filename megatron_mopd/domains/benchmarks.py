@@ -90,9 +90,7 @@ def _read_parquet(path: Path) -> list[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError(
-            f"--from {path}: parquet needs pyarrow; `pip install pyarrow`, or convert to .jsonl"
-        ) from None
+        raise ConfigError(f"--from {path}: needs pyarrow; `pip install pyarrow`, or convert to .jsonl") from None
     try:
         rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:

@@ -6,8 +6,8 @@
 
 Takes the patch out of each response, writes the predictions file, runs `swebench.harness.run_evaluation` (package
 `swebench`, which needs Docker) and scores 1 where the harness says resolved. Every argument is handed to the
-harness; without --dataset_name it is SWE-bench Verified. Samples of one instance are evaluated one after another,
-because a predictions file holds one patch per instance.
+harness, paths absolute; without --dataset_name it is SWE-bench Verified. Samples of one instance are evaluated one
+after another, because a predictions file holds one patch per instance.
 """
 
 from __future__ import annotations
@@ -68,14 +68,16 @@ def _run_harness(patches: dict[str, str], arguments: Sequence[str]) -> dict[str,
         predictions.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         dataset = [] if "--dataset_name" in arguments else ["--dataset_name", DATASET]
         command = [sys.executable, "-m", "swebench.harness.run_evaluation", *dataset, *arguments]
-        command += ["--predictions_path", str(predictions), "--run_id", "mopd"]
-        # The harness writes its logs under the current folder, and progress to standard output.
+        # Ranks run at the same time: the harness names its containers by the instance and this id.
+        run_id = Path(folder).name
+        command += ["--predictions_path", str(predictions), "--run_id", run_id]
+        # It writes its logs under the current folder, and its progress to standard output.
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
         if done.returncode:
             sys.exit(f"swebench.harness.run_evaluation ended with code {done.returncode}; see its lines above")
         reports = {}
         for instance in patches:
-            report = Path(folder, "logs/run_evaluation/mopd/student", instance, "report.json")
+            report = Path(folder, "logs/run_evaluation", run_id, "student", instance, "report.json")
             if report.is_file():
                 reports[instance] = bool(json.loads(report.read_text(encoding="utf-8"))[instance]["resolved"])
         return reports

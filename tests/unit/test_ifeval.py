@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_mopd.domains.ifeval import Verdict, accuracy, judge, read_instructions
+from megatron_mopd.domains.ifeval.__main__ import main
 from megatron_mopd.domains.ifeval.instructions import KINDS
 from megatron_mopd.domains.ifeval.language import LANGUAGES, detect_language
 from megatron_mopd.domains.ifeval.text import capital_words, count_sentences
@@ -243,3 +246,26 @@ def test_repetitive_responses_take_linear_time() -> None:
     assert [flags[bullets] for flags in strict] == [False] * 6 + [True]
     # One sentence each but for * and quotation marks, the word A.B.A.B..., the bullets.
     assert sum(map(sum, strict)) == 5 + 1 + 1
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, responses = tmp_path / "questions.jsonl", tmp_path / "responses.jsonl"
+    kinds = {"p": ["punctuation:no_comma"], "q": ["punctuation:no_comma", "startend:quotation"]}
+    lines = [{"prompt": p, "instruction_id_list": k, "kwargs": [{}] * len(k)} for p, k in kinds.items()]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [{"prompt": "p", "response": "<think>a, b</think>ab"}, {"prompt": "q", "response": "Sure, this:\nab"}]
+    responses.write_text("".join(json.dumps(line) + "\n" for line in answers))
+    assert main([str(questions), str(responses)]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "prompt_strict": 1 / 2,
+        "prompt_loose": 1 / 2,
+        "instruction_strict": 1 / 3,
+        "instruction_loose": 2 / 3,
+        "prompts": 2,
+    }
+    responses.write_text(json.dumps(answers[0]) + "\n")
+    assert main([str(questions), str(responses)]) == 2
+    assert capsys.readouterr().err == f"error: {questions}:2: {responses} has no response to this prompt\n"
+    responses.write_text('{"prompt": "p"}\n')
+    assert main([str(questions), str(responses)]) == 2
+    assert f"{responses}:1: expected an object with the texts prompt, response" in capsys.readouterr().err
