@@ -16,7 +16,7 @@ from kernels import rows_torch
 
 Implementation = Literal["auto", "reference", "torch", "cpp", "triton", "cuda"]
 
-WORTH_COMPILING = 1 << 20
+WORTH_COMPILING = 1 << 14
 """Logits from which `auto` on a CPU takes (and if need be builds) the C++ extension: below, torch is as fast."""
 
 _LOG = logging.getLogger(__name__)

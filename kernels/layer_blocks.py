@@ -23,7 +23,7 @@ SMALLEST_SLAB = 1024
 """Rows below which a matrix product is slow."""
 
 KEPT_ELEMENTS = 1 << 20
-"""Up to here (4 MiB in fp32) backward keeps forward's exponentials: cheaper than making the logits again."""
+"""Up to here (4 MiB in fp32) forward keeps its logits for backward: cheaper than making them again."""
 
 
 SMALLEST_CHUNK = {"cpu": 128, "cuda": 1024}

@@ -64,7 +64,7 @@ def linear_divergence(
     gradient: "recompute" makes the logits again in backward: 6 matrix products, blocks of 16 MiB whatever T and the
     vocabulary, [T, H] in fp32 for dX. "in_forward" has 4, chunks of 64 MiB of logits and holds dW from forward to
     backward; it needs the same upstream gradient for every row (use `weights`), else backward raises ValueError.
-    "auto" recomputes, but for a problem of up to 2^20 logits, where forward's exponentials are kept.
+    "auto" recomputes, but for a problem of up to 2^20 logits, of one teacher, which are kept.
 
     Collectives: one all-gather of [6, T] (8, 12: see `divergence`) in forward if `shard.group` has several ranks,
     one more of [2, T] for jsd; with "in_forward" these once a chunk; none in backward. Every rank gets the same
@@ -91,15 +91,13 @@ def linear_divergence(
     kernels = row_kernels(impl, device, torch.float32 if student_hidden.dtype != torch.float64 else torch.float64,
                           elements)  # fmt: skip
     job = LinearJob(sweep.Job(objective, shard, kernels, token_ids, return_stats), teachers, chunk_tokens, main_grad)
-    plain = kind == "reverse_kl" and not (return_stats or teachers.bounds or teachers.mixture) and weights is None
-    few = elements <= KEPT_ELEMENTS and (chunk_tokens or tokens) >= tokens
+    few = elements <= KEPT_ELEMENTS and (chunk_tokens or tokens) >= tokens and weights is None and not teachers.bounds
     differentiable = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     function: type[torch.autograd.Function]
     if gradient == "in_forward" and differentiable:
         function = InForward
     else:
-        keep = gradient == "auto" and plain and few and differentiable and impl in ("auto", "torch")
-        function = Keep if keep else Recompute
+        function = Keep if gradient == "auto" and few and differentiable else Recompute
     found = function.apply(student_hidden, student_weight, weights, job, *teachers.tensors())
     value, statistics = found
     if return_stats:

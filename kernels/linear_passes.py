@@ -14,8 +14,7 @@ from kernels.dispatch import fused_layers
 from kernels.layer_blocks import LayerBlocks, Teachers, cut, whole_chunk
 from kernels.objective import accumulation_dtype, active_runs, split
 from kernels.output_layer import LayerGradients, OutputLayer
-from kernels.partials import Joined, combine, kept_rows
-from kernels.rows_torch import EMPTY_SHARD_MAX, divergence_terms
+from kernels.partials import Joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,37 +65,31 @@ def _weight_gradient(job: LinearJob, weight: Tensor, gradients: LayerGradients) 
 
 
 class Keep(torch.autograd.Function):
-    """Reverse KL of few logits: forward leaves its exponentials to backward."""
+    """Few logits, one teacher: forward leaves them to backward, which then has four matrix products instead of six."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, weights: None, job: LinearJob, *teacher: Tensor
     ) -> tuple[Tensor, Tensor]:
-        blocks = job.blocks(hidden, weight, None, job.teachers)
-        everything, rows = slice(0, blocks.tokens), slice(0, job.base.shard.rows)
-        student, other = blocks.student(rows, everything), blocks.teacher(rows, everything)
-        if student.shape[1]:
-            own, exponentials, differences = divergence_terms(student, other)
-        else:
-            own, exponentials, differences = student.new_zeros(6, blocks.tokens), student, other
-            own[0] = own[2] = EMPTY_SHARD_MAX
-        sums = combine(job.base.shard.gather(own))
-        joined = Joined(sums)
-        ctx.save_for_backward(hidden, weight, kept_rows(sums, own).to(blocks.dtype), exponentials, differences)
+        layer = OutputLayer(hidden, weight, job.base.shard.rows, accumulation_dtype(hidden.dtype))
+        tokens, rows = slice(0, len(hidden)), slice(0, len(layer.weight))
+        blocks = LayerBlocks(layer, job.teachers, (rows,), (tokens,), job.base.objective.temperature)
+        held = sweep.Held(blocks.student(rows, tokens), blocks.teacher(rows, tokens))
+        result = sweep.forward(job.base, held, None)
+        ctx.save_for_backward(hidden, weight, held.z, held.t, result.joined.sums, result.pair)
         ctx.job = job
-        entropy = _report(job, joined, blocks.dtype)
-        ctx.mark_non_differentiable(entropy)
-        return joined.reverse_kl().to(blocks.dtype), entropy
+        report = _report(job, result.joined, blocks.dtype)
+        ctx.mark_non_differentiable(report)
+        return result.value.to(blocks.dtype), report
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, rows, exponentials, differences = ctx.saved_tensors
+        hidden, weight, z, t, sums, pair = ctx.saved_tensors
         job: LinearJob = ctx.job
-        probability, mean = rows[:, :, None].unbind(0)
-        scale = upstream[:, None] * probability / job.base.objective.temperature
-        dlogits = torch.sub(differences, mean).mul_(exponentials).mul_(scale)
-        layer = OutputLayer(hidden, weight, job.base.shard.rows, rows.dtype)
+        layer = OutputLayer(hidden, weight, job.base.shard.rows, z.dtype)
+        rows = sweep.coefficients(job.base, (sums, pair), upstream, z.dtype)
+        dlogits = sweep.gradient(job.base, z, t, rows, torch.empty_like(z, dtype=layer.dlogits_dtype))
         gradients = _collector(ctx, job, layer, weight)
         every = slice(0, len(layer.weight))
         gradients.add(every, slice(0, len(hidden)), dlogits)

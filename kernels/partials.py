@@ -128,14 +128,6 @@ class Joined:
         return torch.stack((self.sums[0], self.sums[2], r0, r1, -alpha * q))
 
 
-def kept_rows(joined: Tensor, own: Tensor) -> Tensor:
-    """[2, T] that turn e^x and x - y about this shard's own maxima (`own` [6, T]) into the gradient of reverse KL:
-    e^(m - max z) / Z and E_p[x - y] as seen from there."""
-    m, n = own[0].double(), own[2].double()
-    mean = joined[4] / joined[1] - _moved(m, joined[0]) + _moved(n, joined[2])
-    return torch.stack(((m - joined[0]).exp() / joined[1], mean))
-
-
 def combine_tokens(packets: Tensor, has_top: bool) -> Tensor:
     """[parts, 3 + k (+ 1), T] (m, Z, A, z of k tokens, perhaps the global id of the maximum) -> of their union about
     its maximum, in float64. A z is 0 in all parts but the one that holds the token."""

@@ -151,6 +151,39 @@ class FromLayer(torch.autograd.Function):
         return gradients.hidden_gradient(), gradients.weight_gradient(), None, None
 
 
+class Keep(torch.autograd.Function):
+    """`FromLayer` of few logits: forward leaves them to backward, which then has two matrix products, not three."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, job: TokenJob
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        blocks = job.layer_blocks(hidden, weight)
+        logits = blocks.student(slice(0, job.shard.rows), slice(0, len(hidden)))
+        sums = join(job, LogitBlocks(logits, logits, None, 1.0, False), ids)
+        ctx.save_for_backward(hidden, weight, ids, sums, logits)
+        ctx.job = job
+        logprobs, entropy, top = outputs(job, sums, ids, blocks.dtype)
+        ctx.mark_non_differentiable(entropy, top)
+        return logprobs, entropy, top
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, ids, sums, logits = ctx.saved_tensors
+        job: TokenJob = ctx.job
+        layer = job.layer_blocks(hidden, weight).layer
+        rows = slice(0, job.shard.rows)
+        local, owned = job.local(ids, rows)
+        room = torch.empty_like(logits, dtype=layer.dlogits_dtype)
+        dlogits = gradient(job, logits, local, owned, sums[0], sums[1], _scaled(job, upstream, ids), room)
+        wanted = ctx.needs_input_grad
+        gradients = LayerGradients(layer, weight, hidden=wanted[0], weight=wanted[1])
+        gradients.add(rows, slice(0, len(hidden)), dlogits)
+        gradients.finish_slab(rows)
+        return gradients.hidden_gradient(), gradients.weight_gradient(), None, None
+
+
 class FromLogits(torch.autograd.Function):
     """logits [T, columns], ids [T, k] -> log-probs [T, k], entropy [T], top ids."""
 

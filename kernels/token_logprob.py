@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import Implementation, row_kernels
 from kernels.layer_blocks import KEPT_ELEMENTS
 from kernels.objective import FLOATS, accumulation_dtype, check_temperature, check_tokens
-from kernels.output_layer import LayerGradients, check_layer
-from kernels.partials import combine_tokens
-from kernels.rows_torch import EMPTY_SHARD_MAX, token_terms
-from kernels.selected import FromLayer, FromLogits, TokenJob
+from kernels.output_layer import check_layer
+from kernels.selected import FromLayer, FromLogits, Keep, TokenJob
 from kernels.shard import VocabShard
 
 
@@ -75,10 +72,9 @@ def token_logprob(
     few = elements <= KEPT_ELEMENTS and (chunk_tokens is None or chunk_tokens >= len(hidden))
     if weight is None:
         logprobs, entropy, tops = _from_logits(hidden, token_ids[:, None], job)
-    elif few and not top and impl in ("auto", "torch") and torch.is_grad_enabled():
-        return TokenStats(*_keep(hidden, weight, token_ids, job))
     else:
-        logprobs, entropy, tops = _from_layer(hidden, weight, token_ids[:, None], job)
+        function = _keep if few and torch.is_grad_enabled() else _from_layer
+        logprobs, entropy, tops = function(hidden, weight, token_ids[:, None], job)
     return TokenStats(logprobs[:, 0], entropy, tops if top else None)
 
 
@@ -90,47 +86,6 @@ def check_logits(logits: Tensor, shard: VocabShard, *, inplace: bool = False) ->
     shard.check_rows(logits.shape[1], f"logits {tuple(logits.shape)}")
 
 
-class _Keep(torch.autograd.Function):
-    """Few logits: forward leaves its exponentials to backward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor, job: TokenJob) -> tuple[Tensor, Tensor]:
-        blocks = job.layer_blocks(hidden, weight)
-        rows, everything = slice(0, job.shard.rows), slice(0, len(hidden))
-        local, owned = job.local(token_ids, rows)
-        logits = blocks.student(rows, everything)
-        if logits.shape[1]:
-            own, exponentials = token_terms(logits, local, owned)
-        else:
-            own, exponentials = logits.new_zeros(4, len(hidden)), logits
-            own[0] = EMPTY_SHARD_MAX
-        m, z, cross, chosen = combine_tokens(job.shard.gather(own), False)
-        log_z = z.log()
-        probability = ((own[0] - m).exp() / z).to(blocks.dtype)
-        ctx.save_for_backward(hidden, weight, local, owned, probability, exponentials)
-        ctx.job = job
-        entropy = (log_z - cross / z).to(blocks.dtype)
-        ctx.mark_non_differentiable(entropy)
-        return (chosen - m - log_z).to(blocks.dtype), entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, owned, probability, exponentials = ctx.saved_tensors
-        job: TokenJob = ctx.job
-        blocks = job.layer_blocks(hidden, weight)
-        wanted = ctx.needs_input_grad
-        gradients = LayerGradients(blocks.layer, weight, hidden=wanted[0], weight=wanted[1])
-        scale = upstream / job.temperature
-        dlogits = exponentials * (-scale * probability)[:, None]
-        rows = slice(0, job.shard.rows)
-        if job.shard.rows:
-            dlogits.scatter_add_(1, local[:, None], (scale * owned)[:, None])
-        gradients.add(rows, slice(0, len(hidden)), dlogits)
-        gradients.finish_slab(rows)
-        return gradients.hidden_gradient(), gradients.weight_gradient(), None, None
-
-
-_keep = cast(Callable[..., tuple[Tensor, Tensor]], _Keep.apply)
+_keep = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], Keep.apply)
 _from_layer = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], FromLayer.apply)
 _from_logits = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], FromLogits.apply)

@@ -13,6 +13,7 @@ from megatron_mopd import __version__, cli_text
 from megatron_mopd.config import RunConfig, Split, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
 from megatron_mopd.launch import Outcome, launch
+from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.metrics import check_log
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
@@ -66,6 +67,25 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     demo = _command(
         commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
     )
+    merge = _command(
+        commands, "merge CONFIG", _merge, "several checkpoints -> one model", cli_text.MERGE, cli_text.MERGE_EPILOG
+    )
+    merge.add_argument("config", metavar="CONFIG", help="YAML file of the merge")
+    compare = _command(
+        commands,
+        "reproduce CONFIG",
+        _reproduce,
+        "compare methods over seeds",
+        cli_text.REPRODUCE,
+        cli_text.REPRODUCE_EPILOG,
+    )
+    _add_reproduce_options(compare)
+    report = _command(
+        commands, "report RUN...", _report, "tables and figures of runs", cli_text.REPORT, cli_text.REPORT_EPILOG
+    )
+    report.usage = "mopd report RUN... [--out DIR]"
+    report.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, a demo or a reproduction")
+    report.add_argument("--out", metavar="DIR", help="folder to write; default: report in the first RUN")
     benchmark = _command(
         commands,
         "benchmark NAME --from FILE --out FILE",
@@ -93,6 +113,15 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         parser.error(f"unknown option {unknown[0]}; see --help")
     return arguments, overrides
+
+
+def _add_reproduce_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file of the comparison")
+    command.add_argument("--seeds", metavar="N", type=int, help="the first N seeds of the file; default: all")
+    command.add_argument("--only", metavar="METHOD", help="this method and what it needs")
+    command.add_argument("--dry-run", action="store_true", help="print the nodes and their cost; make none")
+    command.add_argument("--prune", action="store_true", help="delete results that the file no longer leads to")
+    command.add_argument("--tune", action="store_true", help="run the trials of `tune`, on the validation split")
 
 
 def _command(
@@ -154,6 +183,27 @@ def _export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _merge(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    config = load_merge_config(arguments.config, overrides)
+    from megatron_mopd.merge.run import run_merge
+
+    print(run_merge(config, say=lambda line: print(line, file=sys.stderr)))
+    return 0
+
+
+def _reproduce(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megatron_mopd.reproduce.command import Options, reproduce
+
+    options = Options(
+        seeds=arguments.seeds,
+        only=arguments.only,
+        dry_run=arguments.dry_run,
+        prune=arguments.prune,
+        tune=arguments.tune,
+    )
+    return reproduce(arguments.config, overrides, options)
+
+
 def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(arguments.config, overrides)
     from megatron_mopd import preflight
@@ -172,6 +222,14 @@ def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from megatron_mopd.demo import run_demo
 
     return run_demo(config_dir, Path(arguments.run_dir), overrides)
+
+
+def _report(arguments: argparse.Namespace, more_runs: list[str]) -> int:
+    from megatron_mopd.report_page.write import write_report
+
+    folders = [Path(run) for run in (*arguments.runs, *more_runs)]
+    print(write_report(folders, Path(arguments.out) if arguments.out else folders[0] / "report"))
+    return 0
 
 
 def _benchmark(arguments: argparse.Namespace, overrides: list[str]) -> int:

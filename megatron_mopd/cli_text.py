@@ -14,6 +14,7 @@ examples:
   mopd demo                                               all of it, small, on this machine's cores
   mopd run configs/tiny/mopd.yaml                         one stage
   mopd run configs/tiny/mopd.yaml steps=5 optim.lr=1e-4   the same with other values
+  mopd report runs/demo                                   tables and figures, as one HTML page and Markdown
   mopd COMMAND --help                                     more on one command
 
 exit codes:
@@ -77,13 +78,43 @@ DEMO = """\
 All of MOPD in minutes on two CPU cores: an SFT base, three domain teachers trained from it by RL, one
 student that learns from all three on its own answers, and a table that says how much of each it inherited.
 
-An interrupted demo goes on where it stopped. It leaves summary.json and a PNG in the run folder.
+An interrupted demo goes on where it stopped. It leaves summary.json and report/report.html in the run folder.
 """
 
 DEMO_EPILOG = """\
 examples:
   mopd demo
   mopd demo --run-dir runs/demo2 seed=1
+"""
+
+REPRODUCE = """\
+Compare methods: a base, its teachers and every method for every seed, evaluated on the same held-out prompts.
+
+CONFIG is a graph of runs, samples and merges. Each is an ordinary command on an ordinary file and is made once:
+its result is kept for as long as nothing that it depends on changes (files, values, datasets, other results).
+Ctrl-C, kill -9 or a failure cost the steps since the last checkpoint: the same command goes on.
+Prints the table with 95 % intervals over seeds, and writes summary.json for `mopd report`.
+"""
+
+REPRODUCE_EPILOG = """\
+examples:
+  mopd reproduce configs/tiny/reproduce.yaml --dry-run     what would be made, at what cost
+  mopd reproduce configs/tiny/reproduce.yaml --seeds 1     one seed of all
+  mopd reproduce configs/tiny/reproduce.yaml --only mopd   one method, with what it needs
+  mopd reproduce configs/tiny/reproduce.yaml --tune        the trials, on the validation split
+"""
+
+REPORT = """\
+Tables and figures of what runs found: report.html, one file that needs nothing else, report.md, and each figure
+as PNG and PDF. RUN is the folder of a `mopd reproduce`, of a `mopd demo` or of a single run; several are
+reported together. What a folder does not have is said in its section.
+"""
+
+REPORT_EPILOG = """\
+examples:
+  mopd report runs/tiny/reproduce
+  mopd report runs/tiny/reproduce runs/tiny/scaling --out paper/report
+  mopd report runs/mopd runs/mopd_sampled
 """
 
 BENCHMARK = """\
@@ -116,4 +147,18 @@ SAMPLE_EPILOG = """\
 examples:
   mopd sample configs/tiny/off_policy_kl.yaml --out runs/tiny/teacher_answers.jsonl
   mopd sample configs/tiny/mopd.yaml --out answers.jsonl --keep correct rollout.samples_per_prompt=4
+"""
+
+MERGE = """\
+Merge the weights of several checkpoints into one Hugging Face folder, as CONFIG says: average, task_arithmetic,
+ties, dare, dare_ties or sce. Tensors are streamed in slices: the memory is that of a slice, not of a model.
+
+Everything is checked first. The folder appears when it is complete; called again, there is nothing to do.
+"""
+
+MERGE_EPILOG = """\
+examples:
+  mopd merge configs/tiny/param_merge.yaml
+  mopd merge configs/tiny/param_merge.yaml scaling=0.5 out=runs/tiny/merged/lambda_0.5
+  mopd merge configs/tiny/param_merge.yaml method=ties density=0.3 out=runs/tiny/merged/ties
 """

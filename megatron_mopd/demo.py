@@ -21,7 +21,8 @@ from megatron_mopd.config import RunConfig, load_config
 from megatron_mopd.environment import world_size
 from megatron_mopd.hub import resolve_folder
 from megatron_mopd.launch import launch
-from megatron_mopd.report import Comparison, accuracy_table, plot_demo, read_series, write_summary
+from megatron_mopd.report import Comparison, accuracy_table, write_summary
+from megatron_mopd.report_page.write import write_report
 from megatron_mopd.student.checkpoint_files import find_latest, read_manifest
 from megatron_mopd.student.hf_files import content_hash
 from megatron_mopd.yaml_config import ConfigError, dump_yaml
@@ -159,15 +160,12 @@ def _report(
         after=accuracy[STUDENT],
         routed=routed,
     )
-    folder = Path(mopd.run_dir)
-    plot_demo(
-        run_dir / "demo.png",
-        read_series(folder, "reverse_kl"),
-        read_series(folder, "accuracy", "eval"),
-        {domain: comparison.teachers[teacher][domain] for domain, teacher in routed.items()},
-        comparison.before,
-    )
-    write_summary(run_dir / "summary.json", comparison, seconds)
+    stage_of = {"base": BASE, STUDENT: STUDENT} | {name: f"rl_{name}" for name in mopd.teachers}
+    spent = {name: seconds[stage] for name, stage in stage_of.items() if stage in seconds}
+    run = Path(mopd.run_dir).name
+    write_summary(run_dir / "summary.json", comparison, seed=mopd.seed, seconds=spent, runs={STUDENT: run})
+    page = write_report([run_dir], run_dir / "report")
     console.print(accuracy_table(comparison))
     console.print(f"mean normalised score {comparison.normalised_mean:.3f}", highlight=False)
-    console.print(f"run folder {run_dir}: summary.json, demo.png, and one folder per stage", highlight=False)
+    console.print(f"run folder {run_dir}: summary.json and one folder per stage", highlight=False)
+    console.print(f"report {page}", highlight=False)

@@ -103,6 +103,19 @@ def check_evaluation(config: RunConfig, checkpoint: str, world_size: int, split:
     _check_data(config, arch, Tokenizer.load(folder), split=split)
 
 
+def check_beforehand(config: RunConfig, model_folder: Path, world_size: int) -> None:
+    """Raise ConfigError for what can be known of a run whose weights and datasets are still to be made.
+
+    `model_folder` has the config.json and the tokenizer that they will have.
+    """
+    check_layout(config.parallel, world_size)
+    arch = read_architecture(model_folder)
+    check_architecture(arch, config.parallel)
+    _check_lengths(config, arch)
+    if config.rollout.engine != "dataset":
+        _check_data(config, arch, Tokenizer.load(model_folder))
+
+
 def _check_vocabulary(config: RunConfig, inputs: Inputs) -> None:
     highest, limit = max(*inputs.tokenizer.vocabulary.values(), *inputs.tokenizer.stop_ids), inputs.arch.vocab_size
     if highest >= limit:

@@ -1,23 +1,15 @@
-"""How much of its teachers a student has: the normalised score, the table, the plots, summary.json."""
+"""How much of its teachers a student has: the normalised score, its table, and the demo's summary.json."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-
-from megatron_mopd.metrics import Kind, read_records
-
-Series = Sequence[tuple[int, float]]
-"""(step, value) in order of steps."""
-
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def normalised(student: float, before: float, teacher: float) -> float:
@@ -88,77 +80,53 @@ def accuracy_table(comparison: Comparison) -> Table:
     return table
 
 
-def write_summary(path: Path, comparison: Comparison, seconds: Mapping[str, float]) -> None:
-    """Write summary.json: accuracy, normalised, normalised_mean, seconds of each stage. nan becomes null."""
-    summary = {
-        "accuracy": comparison.accuracy,
-        "normalised": comparison.normalised,
-        "normalised_mean": comparison.normalised_mean,
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-    }
-    path.write_text(json.dumps(_null_for_nan(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _null_for_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _null_for_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def read_series(run_dir: Path, metric: str, kind: Kind = "train") -> dict[str, list[tuple[int, float]]]:
-    """domain -> (step, value) of '<metric>/<domain>' in a run's metrics.jsonl; 'accuracy' is kind 'eval'."""
-    series: dict[str, list[tuple[int, float]]] = {}
-    for record in read_records(run_dir / "metrics.jsonl", kind):
-        for key, value in record.items():
-            if key.startswith(f"{metric}/") and value is not None:
-                series.setdefault(key.removeprefix(f"{metric}/"), []).append((record["step"], value))
-    return series
-
-
-def plot_demo(
-    path: Path,
-    kl_series: Mapping[str, Series],
-    accuracy: Mapping[str, Series],
-    teacher_lines: Mapping[str, float],
-    base_lines: Mapping[str, float],
+def write_summary(
+    path: Path, comparison: Comparison, *, seed: int, seconds: Mapping[str, float], runs: Mapping[str, str]
 ) -> None:
-    """Write a PNG: per-token reverse KL and accuracy of each domain over the steps of the MOPD stage.
+    """Write summary.json: a study, as `mopd reproduce` writes it, of one method with one seed. nan becomes null.
 
     Args:
-        kl_series: domain -> reverse KL to its teacher, nats per token.
-        accuracy: domain -> held-out accuracy of the student.
-        teacher_lines: domain -> its teacher's accuracy, drawn dashed in the domain's colour.
-        base_lines: domain -> accuracy of the student before, drawn dotted.
+        seconds: "base", "mopd" or a teacher's name -> seconds that its training took.
+        runs: "mopd" -> folder of its run, relative to the summary.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    # Not pyplot: it looks for a display and keeps figures alive.
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    domains = list(dict.fromkeys((*kl_series, *accuracy)))
-    colours = {domain: COLOURS[index % len(COLOURS)] for index, domain in enumerate(domains)}
-    for domain, points in kl_series.items():
-        left.plot(*_columns(points), color=colours[domain], label=domain)
-    if any(value > 0 for points in kl_series.values() for _, value in points):
-        left.set_yscale("log")
-    left.set(title="Distance to the teacher", xlabel="MOPD step", ylabel="reverse KL per token (nats)")
-    for domain, points in accuracy.items():
-        right.plot(*_columns(points), color=colours[domain], marker="o", markersize=4, label=domain)
-    for lines, style in ((teacher_lines, "--"), (base_lines, ":")):
-        for domain, value in lines.items():
-            right.axhline(value, color=colours.get(domain, COLOURS[-1]), linestyle=style, linewidth=1)
-    right.plot([], [], color="grey", linestyle="--", label="teacher")
-    right.plot([], [], color="grey", linestyle=":", label="student before")
-    right.set(title="Accuracy on held-out prompts", xlabel="MOPD step", ylabel="accuracy", ylim=(-0.02, 1.02))
-    for axes, place in ((left, "upper right"), (right, "lower right")):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=9, loc=place)
-    figure.savefig(path, dpi=130)
+    def one(value: float) -> dict[str, Any]:
+        known = None if math.isnan(value) else value
+        return {"mean": known, "interval": None, "per_seed": {str(seed): known}}
 
+    def domains(row: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+        return {domain: {"accuracy": one(row[domain])} for domain in comparison.routed}
 
-def _columns(points: Series) -> tuple[list[int], list[float]]:
-    return [step for step, _ in points], [value for _, value in points]
+    def cost(name: str) -> dict[str, float]:
+        return {"seconds": round(seconds[name], 3)} if name in seconds else {}
+
+    own = domains(comparison.after)
+    summary = {
+        "version": 1,
+        "title": "MOPD demo",
+        "domains": list(comparison.routed),
+        "seeds": [seed],
+        "base": {"domains": domains(comparison.before), "compute": cost("base")},
+        "teachers": {
+            name: {
+                "domain": [domain for domain, teacher in comparison.routed.items() if teacher == name],
+                "domains": domains(row),
+                "compute": cost(name),
+            }
+            for name, row in comparison.teachers.items()
+        },
+        "methods": {
+            "mopd": {
+                "label": "MOPD",
+                "family": "mopd",
+                "score": one(comparison.normalised_mean),
+                "domains": {name: entry | {"score": one(comparison.normalised[name])} for name, entry in own.items()},
+                "perplexity": None,
+                "out_of_domain": None,
+                "compute": cost("mopd"),
+                "runs": {str(seed): runs["mopd"]},
+            }
+        },
+        "scaling": None,
+    }
+    path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -23,9 +23,10 @@ from megatron_mopd.progress import Progress
 from megatron_mopd.rollout.answers import ReferenceAnswers
 from megatron_mopd.rollout.collect import Collector, rollout_metrics
 from megatron_mopd.rollout.engine import RolloutEngine
-from megatron_mopd.rollout.in_process import InProcessEngine
+from megatron_mopd.rollout.load import make_engine
 from megatron_mopd.rollout.stored_answers import StoredAnswers
-from megatron_mopd.run_identity import check_same_run, lock_run_folder, run_identity
+from megatron_mopd.run_identity import check_same_run, run_identity
+from megatron_mopd.run_lock import lock_run_folder
 from megatron_mopd.student import checkpoint
 from megatron_mopd.student.student import Student
 from megatron_mopd.student.weight_stream import export_hf
@@ -177,13 +178,7 @@ class Run:
         return ReferenceAnswers(self.inputs.tokenizer) if self.config.reads_answers else self._sampling_engine()
 
     def _sampling_engine(self) -> RolloutEngine:
-        return InProcessEngine(
-            self.inputs.arch,
-            stop_ids=self.inputs.tokenizer.stop_ids,
-            dtype=getattr(torch, self.config.model.dtype),
-            device=self.world.device,
-            batch_size=self.config.rollout.batch_size,
-        )
+        return make_engine(self.config, self.inputs.arch, self.inputs.tokenizer, self.world.device)
 
     def refresh_evaluator(self) -> None:
         """Give `evaluator` the student's weights, where it has an engine of its own. Collective."""

@@ -9,9 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from megatron_mopd.config import RunConfig
 from megatron_mopd.domains.dataset import Cost, DatasetWriter, StoredAnswer, origin_of, writing
 from megatron_mopd.domains.mixer import DomainMixer
@@ -20,10 +17,7 @@ from megatron_mopd.parallel.runtime import World, start_world, stop_world
 from megatron_mopd.preflight import Inputs, resolve_inputs
 from megatron_mopd.progress import Progress
 from megatron_mopd.rollout.collect import Collector
-from megatron_mopd.rollout.in_process import InProcessEngine
-from megatron_mopd.student.architecture import Architecture
-from megatron_mopd.student.hf_files import TensorReader, read_headers
-from megatron_mopd.student.weight_table import model_tensors
+from megatron_mopd.rollout.load import load_engine
 from megatron_mopd.teachers.manifest import teacher_manifest, teacher_weights
 from megatron_mopd.types import Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -102,14 +96,7 @@ def _answers(config: RunConfig, inputs: Inputs, world: World) -> Iterator[list[R
     done = 0
     with Progress("sample", total=len(config.teachers) * config.steps, rank=world.rank) as progress:
         for name, (arch, folder) in inputs.teachers.items():
-            engine = InProcessEngine(
-                arch,
-                stop_ids=inputs.tokenizer.stop_ids,
-                dtype=getattr(torch, config.model.dtype),
-                device=world.device,
-                batch_size=config.rollout.batch_size,
-            )
-            engine.load_weights(_tensors(arch, folder), version=0)
+            engine = load_engine(config, arch, inputs.tokenizer, world.device, folder)
             # Read from the start for every teacher: rendering prompts again is cheaper than keeping them all.
             mixer = DomainMixer(config, inputs.tokenizer)
             collector = Collector(config, mixer, engine, inputs.tokenizer, world)
@@ -119,9 +106,3 @@ def _answers(config: RunConfig, inputs: Inputs, world: World) -> Iterator[list[R
                 yield collector.sample(own, seed=config.seed * 1_000_003 + step) if own else []
                 done += 1
                 progress.update(done, {})
-
-
-def _tensors(arch: Architecture, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    with TensorReader(read_headers(folder)) as reader:
-        for tensor in model_tensors(arch):
-            yield tensor.name, reader[tensor.name][:]

@@ -132,8 +132,11 @@ class Tokenizer:
         return index
 
 
-def difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
-    """In words, why a teacher's tokenizer cannot score the student's tokens; None where it can."""
+def difference(student: Tokenizer, teacher: Tokenizer, names: tuple[str, str] = ("student", "teacher")) -> str | None:
+    """In words, why a teacher's tokenizer cannot score the student's tokens; None where it can.
+
+    `names` is what the two are called in the message.
+    """
     ours, theirs = student.fingerprint, teacher.fingerprint
     reasons = []
     if ours.vocab_hash != theirs.vocab_hash:
@@ -144,13 +147,13 @@ def difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
         token = changed[0][1]
         reasons.append(
             f"the vocabulary: {ours.vocab_size} entries against {theirs.vocab_size}, {len(tokens)} differ,"
-            f" first {token!r} (student: {_id_of(student, token)}, teacher: {_id_of(teacher, token)})"
+            f" first {token!r} ({names[0]}: {_id_of(student, token)}, {names[1]}: {_id_of(teacher, token)})"
         )
     if ours.template_hash != theirs.template_hash:
         reasons.append("the chat template")
     if ours.stop_ids != theirs.stop_ids:
         reasons.append(f"the stop tokens: {list(ours.stop_ids)} against {list(theirs.stop_ids)}")
-    return f"student and teacher differ in {'; in '.join(reasons)}" if reasons else None
+    return f"{names[0]} and {names[1]} differ in {'; in '.join(reasons)}" if reasons else None
 
 
 def _id_of(tokenizer: Tokenizer, token: str) -> str:

@@ -1,10 +1,11 @@
 """Write configs/tiny/model: the architecture and the tokenizer of the model that learns on two CPU cores.
 
-    python configs/tiny/build_model.py [folder]
+    python configs/tiny/build_model.py          configs/tiny/model and configs/tiny/scaling/model
+    python configs/tiny/build_model.py FOLDER   the former, there
 
 Every printable ASCII character is a token, so that the model has to work on letters and digits; what the
 demo's three reasoning-gym tasks say in every prompt, and the brackets of their answers, are one token each,
-so that prompts stay short. There are no weights: the `sft` stage starts from random ones.
+so that prompts stay short. The model for twelve teachers has the sentences of their twelve tasks too. There are no weights: the `sft` stage starts from random ones.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import string
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -40,6 +42,89 @@ PHRASES = (
     ".0']",
 )
 
+SPIRAL_RULES = """\
+Given a matrix, your job is to generate a list of elements in spiral order, starting from the top-left element.
+
+The spiral order is clockwise, starting from the top-left corner. More precisely:
+- Start from the top-left corner and move right along the top row.
+- Move down along the right column.
+- Move left along the bottom row.
+- Move up along the left column.
+- Repeat the steps for the inner elements of the matrix until every entry is visited.
+
+Hint: Think of peeling the matrix layer by layer from the outside inward. Each layer forms a rectangular frame, \
+and you traverse each frame clockwise starting from its top-left corner.
+
+Your output should be a space-separated list of integers, e.g. 1 2 3 4 5 6
+
+For the matrix below, what is the list of elements in spiral order?
+"""
+ROTATE_RULES = """\
+Given a square matrix, your job is to rotate it clockwise.
+
+Your output should be a matrix in the same format as the input.
+
+Rotate the matrix below by """
+INSERTION_RULES = """\
+Given a string consisting of characters A, B, C, D, and E, your job is to insert a character according to the \
+following pattern:
+1. If there is a substring ABCD in the string, insert the character A after the substring.
+2. If there is a substring BCDE in the string, insert the character B after the substring.
+3. If there is a substring CDEA in the string, insert the character C after the substring.
+4. If there is a substring DEAB in the string, insert the character D after the substring.
+5. If there is a substring EABC in the string, insert the character E after the substring.
+
+Once you have inserted a character, you have to skip over the substring and the inserted character and continue \
+the search from the next character.
+
+Your output should be a string that has been modified according to the pattern.
+
+Given the following string, provide the answer after inserting the characters according to the pattern: """
+PALINDROME_RULES = """\
+Your task is, given a list of letters, to form a valid palindrome.
+
+A palindrome is a phrase that reads the same forwards and backwards.
+
+If there are multiple possible answers, only respond with one of them. You must use all the letters provided.
+
+Your output should be a single string, with no spaces or punctuation.
+
+Now, form a valid palindrome using the following letters: """
+NOTE_RULES = """\
+Given two strings representing a ransom note and a magazine, return True if you can construct the ransom note using \
+the letters in the magazine, and False otherwise.
+
+Each letter in the magazine string can only be used once in your ransom note.
+
+Ransom note: """
+SCALING_PHRASES = (
+    *PHRASES,
+    SPIRAL_RULES,
+    ROTATE_RULES,
+    " degrees clockwise:\n",
+    INSERTION_RULES,
+    PALINDROME_RULES,
+    ", ",
+    NOTE_RULES,
+    "\nMagazine: ",
+    "True",
+    "False",
+    "Keep all numbers larger than ",
+    "Keep all numbers smaller than ",
+    "Remove all numbers larger than ",
+    "Remove all numbers smaller than ",
+    " in this list: ",
+    "', '",
+    "']",
+    "\nReturn the new list in the same format.",
+    "Find the Greatest Common Divisor (GCD) of these numbers: ",
+    ". Give only the GCD as your final answer.",
+    'How many times does the letter "',
+    '" appear in the text: "',
+    '"?',
+    "Calculate ",
+)
+
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
@@ -52,7 +137,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tokenizer() -> Tokenizer:
+def build_tokenizer(phrases: Sequence[str] = PHRASES) -> Tokenizer:
     alphabet = ["\n", *(character for character in map(chr, range(32, 127)))]
     assert set(string.printable) - set("\t\r\x0b\x0c") == set(alphabet)
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
@@ -60,7 +145,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unk|>", fuse_unk=False))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return tokenizer
 
 
@@ -101,9 +186,9 @@ def build_config(vocab_size: int) -> dict[str, object]:
     }
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, phrases: Sequence[str] = PHRASES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(phrases)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     end, pad = SPECIAL.index("<|end|>"), SPECIAL.index("<|pad|>")
@@ -129,4 +214,8 @@ def build(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "model")
+    if len(sys.argv) > 1:
+        build(Path(sys.argv[1]))
+    else:
+        build(Path(__file__).parent / "model")
+        build(Path(__file__).parent / "scaling" / "model", SCALING_PHRASES)

@@ -35,6 +35,7 @@ def panels(count: int, columns: int, width: float, height: float, **share: Any) 
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure = new_figure(width, rows * height)
+    figure.get_layout_engine().set(w_pad=0.08)  # inches: the last number of an axis and the first of the next
     grid = figure.subplots(rows, columns, squeeze=False, **share).ravel().tolist()
     for axes in grid[count:]:
         axes.remove()

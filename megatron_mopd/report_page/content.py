@@ -65,7 +65,8 @@ def sections(sources: Sources) -> list[Section]:
 def _scores(study: Study, draw: _Draw) -> list[Block]:
     if not study.methods:
         return []
-    caption = "Mean normalised score" + _spread(study, "; small dots: seeds") + "; diamonds: published (arXiv 2606.30406)."
+    spread = _spread(study, "; small dots: seeds")
+    caption = f"Mean normalised score{spread}; diamonds: published (arXiv 2606.30406)."
     figure = study_figures.score_figure(study, draw.looks)
     blocks: list[Block] = [tables.score_table(study), draw("scores", figure, caption, tables.headline(study.methods))]
     return blocks

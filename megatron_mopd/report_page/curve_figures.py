@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ def learning_figure(group: CurveSet, looks: Looks) -> Any:
     columns = 1 if len(names) == 1 else 2 if len(names) <= 4 else 3
     height = max(1.9, 0.7 + 0.125 * (len(curves) + 2))  # inches: room for every curve's label
     figure, grid = panels(len(names), columns, COLUMN if columns == 1 else PAGE, height)
+    ends = []
     for axes, name in zip(grid, names, strict=True):
         drawn = {
             curve.name: curve.points("accuracy", name, over_tokens=tokens)
@@ -50,7 +52,8 @@ def learning_figure(group: CurveSet, looks: Looks) -> Any:
         if group.study is not None:
             labels += _reference_lines(axes, group.study, [name] if name in domains else domains)
         _finish(axes, name, tokens, "accuracy")
-        label_ends(axes, labels, 7.5)
+        ends.append(labels)
+    _label_panels(grid, ends, 1 if columns < 3 else columns)
     return figure
 
 
@@ -66,10 +69,11 @@ def divergence_figure(group: CurveSet, looks: Looks) -> Any:
         drawn = {curve.name: curve.points("reverse_kl", domain, over_tokens=tokens) for curve in curves}
         ends.append(_lines(axes, curves, drawn, looks))
         _finish(axes, domain, tokens, "reverse KL (nats per token)" if index % columns == 0 else "")
-        axes.set_yscale("log" if all(point.low > 0 for points in drawn.values() for point in points) else "linear")
-    for index, (axes, labels) in enumerate(zip(grid, ends, strict=True)):
-        if index % columns == columns - 1 or index == len(grid) - 1:
-            label_ends(axes, labels, 7.5)
+        if all(point.low > 0 for points in drawn.values() for point in points):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: "")
+    _label_panels(grid, ends, columns)
     return figure
 
 
@@ -81,26 +85,24 @@ def share_figure(group: CurveSet) -> Any:
     colours = domain_colours(domains)
     columns = min(4, len(curves))
     width = COLUMN if columns == 1 else PAGE
-    figure, grid = panels(len(curves), columns, width, 1.75, sharey=True)
+    figure, grid = panels(len(curves), columns, width, max(1.75, 0.65 + 0.115 * len(domains)), sharey=True)
+    ends = []
     for index, (axes, curve) in enumerate(zip(grid, curves, strict=True)):
         series = {domain: curve.points("token_share", domain, over_tokens=tokens) for domain in domains}
         x = sorted({point.x for points in series.values() for point in points})
         by_domain = {domain: {point.x: point.mean for point in points} for domain, points in series.items()}
         heights = [[by_domain[domain].get(place, 0.0) for place in x] for domain in domains]
         axes.stackplot(x, heights, colors=[colours[domain] for domain in domains], edgecolor="white", linewidth=0.4)
-        bottom, middle = 0.0, len(x) // 2
-        for domain, row in zip(domains, heights, strict=True):
-            average = sum(row) / len(row)
-            if average > 0.07:
-                axes.annotate(domain, (x[middle], bottom + average / 2), ha="center", va="center", fontsize=7.5)
-            bottom += average
         axes.set(xlim=(x[0], x[-1]), ylim=(0, 1))
         _finish(axes, curve.label, tokens, "share of tokens" if index % columns == 0 else "")
-    if len(domains) > 6:
-        from matplotlib.patches import Patch
-
-        handles = [Patch(color=colours[domain], label=domain) for domain in domains]
-        figure.legend(handles=handles, loc="outside lower center", ncols=6)
+        tops = itertools.accumulate(row[-1] for row in heights)
+        ends.append(
+            [
+                EndLabel(top - row[-1] / 2, domain, colours[domain])
+                for domain, row, top in zip(domains, heights, tops, strict=True)
+            ]
+        )
+    _label_panels(grid, ends, columns)
     return figure
 
 
@@ -117,6 +119,13 @@ def _reference_lines(axes: Any, study: Study, domains: Sequence[str]) -> list[En
 
 def _domains(curves: Sequence[Curve], metric: str) -> list[str]:
     return list(dict.fromkeys(domain for curve in curves for domain in curve.domains(metric)))
+
+
+def _label_panels(grid: Sequence[Any], ends: Sequence[Sequence[EndLabel]], every: int) -> None:
+    """Label the lines of every panel that ends a row of `every`; the same colours hold for the rest."""
+    for index, (axes, labels) in enumerate(zip(grid, ends, strict=True)):
+        if index % every == every - 1:
+            label_ends(axes, labels, 7.5)
 
 
 def _lines(axes: Any, curves: Sequence[Curve], drawn: Mapping[str, Sequence[Point]], looks: Looks) -> list[EndLabel]:

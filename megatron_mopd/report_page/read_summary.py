@@ -40,7 +40,8 @@ def read_summary(folder: Path) -> Study:
 
 
 def _teacher(name: str, node: _Node) -> Teacher:
-    return Teacher(name=name, domains=node["domain"].words(), model=_model(node), compute=_compute(node))
+    taught = node.get("domain")
+    return Teacher(name=name, domains=taught.words() if taught else (), model=_model(node), compute=_compute(node))
 
 
 def _method(name: str, node: _Node, folder: Path) -> Method:
@@ -59,9 +60,10 @@ def _method(name: str, node: _Node, folder: Path) -> Method:
 
 
 def _run_folder(written: str, folder: Path) -> Path:
-    """The study may have been moved as a whole: what is inside it is found beside its summary."""
-    inside = folder / written
-    return inside if inside.exists() else Path(written)
+    """As written, or, if the study was moved or is named from elsewhere, the longest end of that path inside it."""
+    parts = Path(written).parts
+    ends = [folder / Path(*parts[start:]) for start in range(len(parts)) if parts[start] != "/"]
+    return next((end for end in ends if end.exists()), Path(written))
 
 
 def _scaling_point(node: _Node) -> ScalingPoint:

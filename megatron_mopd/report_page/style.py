@@ -54,7 +54,7 @@ _SETTINGS = {
     "lines.linewidth": 1.3,
     "lines.solid_capstyle": "round",
     "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
-    "axes.formatter.use_mathtext": True,
+    "text.parse_math": False,  # a label may have dollar signs
     "axes.unicode_minus": True,
     "figure.facecolor": "white",
 }
@@ -85,15 +85,9 @@ def looks(families: Mapping[str, str]) -> dict[str, Look]:
 
 
 def domain_colours(domains: Sequence[str]) -> dict[str, str]:
-    """Light colours for areas with dark text on them; from seven domains on evenly along one scale."""
-    soft = ("#9CC9E6", "#F4C27A", "#A6D5BF", "#E3B3CD", "#F2E394", "#C9C9C9")
-    if len(domains) <= len(soft):
-        return dict(zip(domains, soft, strict=False))
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    scale = colormaps["cividis"]
-    return {name: to_hex(scale(0.25 + 0.75 * index / (len(domains) - 1))) for index, name in enumerate(domains)}
+    """Light colours for areas that lie beside each other; they come again after the ninth (Paul Tol's `light`)."""
+    soft = ("#77AADD", "#EE8866", "#44BB99", "#FFAABB", "#EEDD88", "#99DDFF", "#BBCC33", "#DDDDDD", "#AAAA00")
+    return {name: _tinted(soft[index % len(soft)], 0.3) for index, name in enumerate(domains)}
 
 
 def luminance(colour: str) -> float:

@@ -39,7 +39,7 @@ def score_table(study: Study) -> Table:
     for method in study.methods:
         scores = [_cell(method.domain_scores.get(domain), best[domain]) for domain in study.domains]
         published = TABLE.get(method.name) or ABLATIONS.get(method.name)
-        rows.append((Cell(method.label), *scores, _cell(method.score, best_mean), *_published_cells(published)))
+        rows.append((Cell(method.label), _cell(method.score, best_mean), *scores, *_published_cells(published)))
     own = {method.name for method in study.methods}
     others = [row for name, row in TABLE.items() if name not in own]
     for published in others:
@@ -49,10 +49,11 @@ def score_table(study: Study) -> Table:
         caption=(
             "Normalised score, (x - base) / (teacher - base): 0 is the base, 1 the domain's teacher. "
             f"{_intervals(study)} Bold: the best of a column. Published: arXiv 2606.30406, Qwen3-30B-A3B, one run a "
-            "method, no intervals; its MOPD row is the sampled (policy gradient) objective, its top-k row from the ablation."
+            "method, no intervals; its MOPD row is the sampled (policy gradient) objective, its top-k row is from the "
+            "ablation."
         ),
         groups=(("this study", len(study.domains) + 1), ("published", len(DOMAINS) + 1)),
-        columns=("method", *study.domains, "mean", *DOMAINS, "mean"),
+        columns=("method", "mean", *study.domains, "mean", *DOMAINS),
         rows=tuple(rows),
         rules=(len(study.methods),) if others else (),
     )
@@ -69,15 +70,15 @@ def accuracy_table(study: Study) -> Table:
     rows = [
         (
             Cell(name),
-            *(_cell(model.accuracy.get(domain), best[domain] if row >= first else None) for domain in study.domains),
             _cell(_mean_accuracy(model, study.domains), best_mean if row >= first else None),
+            *(_cell(model.accuracy.get(domain), best[domain] if row >= first else None) for domain in study.domains),
         )
         for row, (name, model) in enumerate(models)
     ]
     return Table(
         caption=f"Accuracy on held-out prompts. {_intervals(study)} Bold: the best method of a column.",
         groups=(),
-        columns=("model", *study.domains, "mean"),
+        columns=("model", "mean", *study.domains),
         rows=tuple(rows),
         rules=(1, first) if study.teachers else (first,),
     )
@@ -178,7 +179,7 @@ def _cell(estimate: Estimate | None, best: float | None, digits: int = 3) -> Cel
 def _published_cells(published: Published | None) -> list[Cell]:
     if published is None:
         return [Cell(NONE)] * (len(DOMAINS) + 1)
-    return [Cell(_number(value)) for value in (*published.domain_scores().values(), published.score())]
+    return [Cell(_number(value)) for value in (published.score(), *published.domain_scores().values())]
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +30,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _AGAIN = "download or export the model again"
 _DAMAGED = f"the file is damaged or was not written to its end; {_AGAIN}"
 _MIXED = f"files of two models are mixed; empty the folder and {_AGAIN}"
-_HASH_CHUNK = 64 << 20
+_HASH_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +161,11 @@ class TensorReader:
         return self._files[path].get_slice(name)
 
 
-def content_hash(folder: Path) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor: equal for equal weights, however sharded."""
+def content_hash(folder: Path, look: Callable[[StoredTensor, memoryview], None] | None = None) -> str:
+    """sha256 over name, dtype, shape and bytes of every tensor: equal for equal weights, however sharded.
+
+    `look` is shown every tensor's bytes, chunk by chunk, for a check that would otherwise read them once more.
+    """
     digest = hashlib.sha256()
     tensors = read_headers(folder)
     for name in sorted(tensors):
@@ -171,32 +173,33 @@ def content_hash(folder: Path) -> str:
         digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
         for chunk in _chunks(tensor):
             digest.update(chunk)
+            if look is not None:
+                look(tensor, chunk)
     return digest.hexdigest()
 
 
 def _chunks(tensor: StoredTensor) -> Iterator[memoryview]:
-    # A mapping starts at a page, so it takes the bytes before the tensor along.
-    start = tensor.begin - tensor.begin % mmap.ALLOCATIONGRANULARITY
-    if tensor.begin == tensor.end:
-        return
-    with (
-        tensor.file.open("rb") as file,
-        mmap.mmap(file.fileno(), tensor.end - start, offset=start, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as view,
-    ):
-        for begin in range(tensor.begin - start, tensor.end - start, _HASH_CHUNK):
-            with view[begin : begin + _HASH_CHUNK] as chunk:
-                yield chunk
+    """The bytes of a tensor; a chunk is overwritten by the next one, and holds whole numbers."""
+    # Not mapped: what is mapped counts as this process's memory until all of it is unmapped.
+    buffer = memoryview(bytearray(min(_HASH_CHUNK, tensor.end - tensor.begin)))
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.begin)
+        for begin in range(tensor.begin, tensor.end, _HASH_CHUNK):
+            chunk = buffer[: min(_HASH_CHUNK, tensor.end - begin)]
+            if file.readinto(chunk) != len(chunk):
+                raise ConfigError(f"{tensor.file}: {_DAMAGED}")
+            yield chunk
 
 
 def write_model(
     folder: Path,
     specs: Sequence[TensorSpec],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Iterable[Tensor]]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `tensors`, which come in the order of `specs`, one at a time; a failure leaves old files alone.
 
+    One that is too large for the memory may come as 1-D pieces, in the order of its flattened values.
     Every file is written under a temporary name. Only when all are complete do they take their names, the
     index last: a folder without it is visibly incomplete. Raises OSError (disk full) and ValueError (other
     tensors than `specs`).
@@ -243,7 +246,9 @@ def _shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec
     return shards
 
 
-def _write_shard(file: BinaryIO, shard: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:
+def _write_shard(
+    file: BinaryIO, shard: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor | Iterable[Tensor]]]
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for spec in shard:
@@ -255,9 +260,14 @@ def _write_shard(file: BinaryIO, shard: Sequence[TensorSpec], tensors: Iterator[
     file.write(len(text).to_bytes(8, "little") + text)
     for spec in shard:
         name, tensor = next(tensors, ("nothing", torch.empty(0)))
-        if (name, tuple(tensor.shape)) != (spec.name, spec.shape):
-            raise ValueError(f"got {name} {tuple(tensor.shape)}, expected {spec.name} {spec.shape}")
-        host = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous()
-        file.write(host.flatten().view(torch.uint8).numpy())
+        if name != spec.name or (isinstance(tensor, Tensor) and tuple(tensor.shape) != spec.shape):
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else "in pieces"
+            raise ValueError(f"got {name} {found}, expected {spec.name} {spec.shape}")
+        begin = file.tell()
+        for piece in [tensor] if isinstance(tensor, Tensor) else tensor:
+            host = piece.detach().to(device="cpu", dtype=spec.dtype).contiguous()
+            file.write(host.flatten().view(torch.uint8).numpy())
+        if file.tell() - begin != spec.num_bytes:
+            raise ValueError(f"the pieces of {name} have {file.tell() - begin} bytes, expected {spec.num_bytes}")
     file.flush()
     os.fsync(file.fileno())

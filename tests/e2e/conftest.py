@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_mopd.student.random_init import write_random_model
-
-MODEL = Path(__file__).parents[2] / "configs" / "tiny" / "model"
-
-
-def small_model(folder: Path) -> Path:
-    """The tiny configuration's model and tokenizer with two layers."""
-    folder.mkdir(parents=True)
-    for file in MODEL.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.1}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+from tests.comparison import small_model
 
 
 @pytest.fixture(scope="module")

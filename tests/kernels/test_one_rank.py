@@ -83,7 +83,7 @@ def test_default_blocks_grow_with_nothing() -> None:
         assert sizes[0] * 2048 <= layer_blocks.BLOCK_ELEMENTS
 
 
-def test_kept_and_recomputed_terms_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_and_recomputed_logits_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     both, leaves = losses(Problem(dtype=torch.float64, tokens=20))
     kept = torch.autograd.grad(both(None), leaves)
     for module in (linear_divergence_module, token_logprob_module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,9 @@ WORLD = World(size=1, rank=0, device=torch.device("cpu"), tensor=ALONE, pipeline
 class Scripted:
     """Right answers for the samples below `right(prompt number)`, wrong ones for the rest."""
 
-    def __init__(self, tokenizer: Tokenizer, right: Sequence[int]):
-        self._tokenizer, self._right, self.prompts, self.seeds = tokenizer, right, 0, list[int]()
+    def __init__(self, tokenizer: Tokenizer, right: Sequence[int], wrong: Callable[[str], str] = lambda answer: "~"):
+        self._tokenizer, self._right, self._wrong = tokenizer, right, wrong
+        self.prompts, self.seeds = 0, list[int]()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 
@@ -47,7 +48,7 @@ class Scripted:
             right = self._right[self.prompts % len(self._right)]
             self.prompts += 1
             for sample in range(samples):
-                answer = self._tokenizer.encode(prompt.answer if sample < right else "~")
+                answer = self._tokenizer.encode(prompt.answer if sample < right else self._wrong(prompt.answer))
                 mask = np.arange(len(prompt.token_ids) + len(answer)) >= len(prompt.token_ids)
                 rollouts.append(
                     Rollout(
@@ -93,6 +94,24 @@ def test_advantages_are_normalised_within_the_samples_of_a_prompt() -> None:
     np.testing.assert_allclose(advantages[0], np.array([0.75, -0.25, -0.25, -0.25]) / std, rtol=1e-5)
     assert advantages[1].tolist() == advantages[2].tolist() == [0, 0, 0, 0]
     np.testing.assert_allclose(advantages[3], [1, 1, -1, -1], rtol=1e-5)
+
+
+def test_mix_rl_has_the_ratio_in_every_batch_and_each_domain_its_own_verifier() -> None:
+    run, tokenizer = config(), Tokenizer.load(MODEL)
+    words, numbers = run.domains["words"], SourceSpec(reasoning_gym="gcd", params={"max_value": 99})
+    domains = {
+        "words": dataclasses.replace(words, weight=3.0),
+        "numbers": DomainSpec(source=numbers, max_response_tokens=8, verifier="math", weight=1.0),
+    }
+    run = dataclasses.replace(run, domains=domains)
+    # Every group: its reference answer, and the same number written differently, which only math-verify takes.
+    engine = Scripted(tokenizer, [2], wrong=lambda answer: f"{answer}.0")
+    collector = Collector(run, DomainMixer(run, tokenizer), engine, tokenizer, WORLD)
+    for step in range(2):
+        rollouts = collector.collect(step)
+        assert [r.domain for r in rollouts if r.sample == 0] == ["words", "words", "numbers", "words"]
+        rewards = {name: {r.reward for r in rollouts if r.domain == name and r.sample >= 2} for name in domains}
+        assert rewards == {"words": {0.0}, "numbers": {1.0}}
 
 
 def test_dynamic_sampling_replaces_groups_without_signal() -> None:

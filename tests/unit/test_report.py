@@ -1,4 +1,4 @@
-"""The normalised score, the table, summary.json and the PNG."""
+"""The normalised score, the table and the demo's summary.json."""
 
 from __future__ import annotations
 
@@ -10,17 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_mopd.config import LogSpec
-from megatron_mopd.metrics import MetricLog
-from megatron_mopd.report import (
-    Comparison,
-    accuracy_table,
-    mean,
-    normalised,
-    plot_demo,
-    read_series,
-    write_summary,
-)
+from megatron_mopd.report import Comparison, accuracy_table, mean, normalised, write_summary
+from megatron_mopd.report_page.read_summary import read_summary
 
 COMPARISON = Comparison(
     before={"add": 0.5, "sort": 0.6},
@@ -72,36 +63,21 @@ def test_the_table_has_a_row_per_model_and_the_score() -> None:
     ]
 
 
-def test_summary_has_exactly_the_promised_keys(tmp_path: Path) -> None:
-    write_summary(tmp_path / "summary.json", COMPARISON, {"sft": 12.34567, "mopd": 60})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {
-        "accuracy": {
-            "student before": {"add": 0.5, "sort": 0.6},
-            "teacher adder": {"add": 0.9, "sort": 0.3},
-            "teacher sorter": {"add": 0.4, "sort": 0.6},
-            "student after": {"add": 0.8, "sort": 0.7},
-        },
-        "normalised": {"add": pytest.approx(0.75), "sort": None},
-        "normalised_mean": pytest.approx(0.75),
-        "seconds": {"sft": 12.346, "mopd": 60},
-    }
-
-
-def test_series_are_read_from_a_runs_metrics(tmp_path: Path) -> None:
-    with MetricLog(tmp_path, LogSpec(tensorboard=False), rank=0) as log:
-        log.step(0, {"accuracy/add": 0.5}, kind="eval")
-        for step in range(3):
-            log.step(step, {"reverse_kl": 9.0, "reverse_kl/add": 0.1 * step, "reverse_kl/sort": math.nan})
-    assert read_series(tmp_path, "reverse_kl") == {"add": [(0, 0.0), (1, 0.1), (2, 0.2)]}
-    assert read_series(tmp_path, "accuracy", "eval") == {"add": [(0, 0.5)]}
-    assert read_series(tmp_path / "none", "reverse_kl") == {}
-
-
-@pytest.mark.parametrize("empty", [False, True])
-def test_the_plot_is_a_png(tmp_path: Path, empty: bool) -> None:
-    kl = {} if empty else {"add": [(0, 0.16), (30, 0.05), (60, 0.02)], "sort": [(0, 0.1), (60, 0.0)]}
-    accuracy = {} if empty else {"add": [(0, 0.5), (60, 0.8)], "sort": [(0, 0.6), (60, 0.7)]}
-    path = tmp_path / "demo.png"
-    plot_demo(path, kl, accuracy, {"add": 0.9, "sort": 0.75}, {"add": 0.5, "sort": 0.6})
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert path.stat().st_size > 10_000
+def test_the_summary_is_a_study_that_the_report_reads(tmp_path: Path) -> None:
+    seconds = {"base": 12.34567, "mopd": 60, "sorter": 7}
+    write_summary(tmp_path / "summary.json", COMPARISON, seed=3, seconds=seconds, runs={"mopd": "mopd"})
+    (tmp_path / "mopd").mkdir()
+    study = read_summary(tmp_path)
+    assert (study.domains, study.seeds, study.scaling) == (("add", "sort"), ("3",), ())
+    assert [study.base_accuracy(domain).mean for domain in study.domains] == [0.5, 0.6]
+    assert [study.teacher_accuracy(domain).mean for domain in study.domains] == [0.9, 0.6]
+    assert {teacher.name: teacher.domains for teacher in study.teachers} == {"adder": ("add",), "sorter": ("sort",)}
+    assert [teacher.compute for teacher in study.teachers] == [{}, {"seconds": 7}]
+    (mopd,) = study.methods
+    assert (mopd.score.mean, mopd.score.interval) == (pytest.approx(0.75), None)
+    assert mopd.score.per_seed == {"3": pytest.approx(0.75)}
+    assert mopd.domain_scores["add"].mean == pytest.approx(0.75)
+    assert not mopd.domain_scores["sort"].known and mopd.domain_scores["sort"].per_seed == {}
+    assert {domain: entry.mean for domain, entry in mopd.model.accuracy.items()} == {"add": 0.8, "sort": 0.7}
+    assert mopd.runs == {"3": tmp_path / "mopd"}
+    assert json.loads((tmp_path / "summary.json").read_text())["base"]["compute"] == {"seconds": 12.346}

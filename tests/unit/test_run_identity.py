@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mopd.config import DomainSpec, EvalSpec, ModelSpec, ObjectiveSpec, OptimSpec, RunConfig, SourceSpec
-from megatron_mopd.run_identity import check_kept_out, check_same_run, lock_run_folder, run_identity
+from megatron_mopd.run_identity import check_kept_out, check_same_run, run_identity
+from megatron_mopd.run_lock import lock_run_folder
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.yaml_config import ConfigError
 
@@ -37,6 +38,14 @@ def identity(config: RunConfig) -> dict:
 def test_length_speed_and_layout_may_change(tmp_path: Path) -> None:
     longer = dataclasses.replace(CONFIG, steps=9, run_dir="moved", optim=OptimSpec(lr=1.0))
     check_same_run(identity(CONFIG), identity(longer), tmp_path)
+
+
+def test_the_length_of_a_cascade_says_whose_turn_it_is(tmp_path: Path) -> None:
+    cascade = dataclasses.replace(CONFIG, domain_schedule="sequential")
+    with pytest.raises(ConfigError, match="of another run: steps was 3, is 9"):
+        check_same_run(identity(cascade), identity(dataclasses.replace(cascade, steps=9)), tmp_path)
+    with pytest.raises(ConfigError, match="domain_schedule was 'mixed', is 'sequential'"):
+        check_same_run(identity(CONFIG), identity(cascade), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,7 @@ def test_an_identity_without_validation_is_that_of_earlier_versions() -> None:
 
 def test_a_folder_is_locked_until_its_run_ends(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from megatron_mopd.run_identity import lock_run_folder;"
+        "import sys; from pathlib import Path; from megatron_mopd.run_lock import lock_run_folder;"
         f"file = lock_run_folder(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,156 @@
+"""summary.json: the comparison's figures, as the report reads them, with intervals over the seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mopd.evaluation.results import EvalResult
+from megatron_mopd.reproduce.config import BASE, TEACHERS, ReproduceConfig
+from megatron_mopd.reproduce.cost import own_nodes
+from megatron_mopd.reproduce.plan import scaled_name
+from megatron_mopd.reproduce.statistics import Estimate
+from megatron_mopd.reproduce.store import StoredNode, read_json
+
+VERSION = 1
+COMPUTE = ("generated_tokens", "trained_tokens", "teacher_tokens", "seconds")
+
+
+def normalised(accuracy: float, base: float, teacher: float) -> float:
+    """(x - base) / (teacher - base): 0 is the base, 1 the teacher; nan where the two do not differ."""
+    lead = teacher - base
+    return math.nan if abs(lead) < 1e-9 else (accuracy - base) / lead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Everything that was measured, seed by seed; the pure part of the summary works on it."""
+
+    domains: Mapping[str, str]
+    """domain -> its teacher."""
+    results: Mapping[tuple[int, str], EvalResult]
+    """(seed, base | teachers.NAME | METHOD) -> its evaluation."""
+    compute: Mapping[tuple[int, str], Mapping[str, float]]
+    """(seed, the same names) -> own cost."""
+
+    def accuracy(self, seed: int, model: str, domain: str) -> float:
+        return self.results[seed, model].domains[domain].accuracy
+
+    def score(self, seed: int, model: str, domain: str) -> float:
+        """Normalised: see `normalised`."""
+        teacher = self.accuracy(seed, f"{TEACHERS}.{self.domains[domain]}", domain)
+        return normalised(self.accuracy(seed, model, domain), self.accuracy(seed, BASE, domain), teacher)
+
+    def mean_score(self, seed: int, model: str, domains: Iterable[str]) -> float:
+        """Mean over the domains in which the teacher differs from the base; nan where it does in none."""
+        scores = [self.score(seed, model, domain) for domain in domains]
+        finite = [score for score in scores if not math.isnan(score)]
+        return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def read_figures(
+    domains: Mapping[str, str], stored: Mapping[str, StoredNode], seeds: Sequence[int], models: Sequence[str]
+) -> Figures:
+    """Of models whose nodes and evaluations are done."""
+    results, compute = {}, {}
+    nodes = {name: item.node for name, item in stored.items()}
+    for seed in seeds:
+        for model in models:
+            name = f"seed{seed}/{model}"
+            results[seed, model] = EvalResult.from_json(read_json(stored[f"{name}.eval"].output))
+            own = [name] if model == BASE or model.startswith(TEACHERS) else own_nodes(nodes, model, seed)
+            records = [stored[node].record()["compute"] for node in own]
+            compute[seed, model] = {key: math.fsum(record[key] for record in records) for key in COMPUTE}
+    return Figures(domains=domains, results=results, compute=compute)
+
+
+def summarise(
+    config: ReproduceConfig,
+    figures: Figures,
+    stored: Mapping[str, StoredNode],
+    seeds: Sequence[int],
+    methods: Sequence[str],
+) -> dict[str, Any]:
+    """The tree of summary.json, of the methods that are complete for all `seeds`."""
+
+    def over_seeds(figure: Callable[[int], float]) -> dict[str, Any]:
+        return Estimate.of({seed: figure(seed) for seed in seeds}).as_json()
+
+    def accuracies(model: str) -> dict[str, Any]:
+        return {
+            name: {"accuracy": over_seeds(lambda seed, name=name: figures.accuracy(seed, model, name))}  # type: ignore[misc]
+            for name in figures.domains
+        }
+
+    def compute(model: str) -> dict[str, float]:
+        return {key: math.fsum(figures.compute[seed, model][key] for seed in seeds) / len(seeds) for key in COMPUTE}
+
+    def method(name: str) -> dict[str, Any]:
+        scores = accuracies(name)
+        for domain, entry in scores.items():
+            entry["score"] = over_seeds(lambda seed, domain=domain: figures.score(seed, name, domain))  # type: ignore[misc]
+        return {
+            "label": config.label(name),
+            "family": config.methods[name].family,
+            "score": over_seeds(lambda seed: figures.mean_score(seed, name, figures.domains)),
+            "domains": scores,
+            "rollouts": config.rollouts(name),
+            **_other_abilities(figures, name, seeds),
+            "compute": compute(name),
+            "runs": {str(seed): str(stored[f"seed{seed}/{name}"].folder) for seed in seeds},
+        }
+
+    return {
+        "version": VERSION,
+        "title": config.title,
+        "domains": list(figures.domains),
+        "seeds": list(seeds),
+        "base": {"domains": accuracies(BASE), **_other_abilities(figures, BASE, seeds), "compute": compute(BASE)},
+        "teachers": {
+            name: {
+                "domain": next((d for d, teacher in figures.domains.items() if teacher == name), None),
+                "domains": accuracies(f"{TEACHERS}.{name}"),
+                "compute": compute(f"{TEACHERS}.{name}"),
+                "runs": {str(seed): str(stored[f"seed{seed}/{TEACHERS}.{name}"].folder) for seed in seeds},
+            }
+            for name in config.teachers
+        },
+        "methods": {name: method(name) for name in methods},
+        "scaling": scaling(config, figures, seeds, methods),
+    }
+
+
+def _other_abilities(figures: Figures, model: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Perplexity and out-of-domain accuracy; null where the evaluation has none."""
+    results = {seed: figures.results[seed, model] for seed in seeds}
+    perplexities = {seed: result.perplexity for seed, result in results.items() if result.perplexity is not None}
+    outside = next(iter(results.values())).out_of_domain
+    return {
+        "perplexity": Estimate.of(perplexities).as_json() if perplexities else None,
+        "out_of_domain": {
+            name: Estimate.of({seed: result.out_of_domain[name].accuracy for seed, result in results.items()}).as_json()
+            for name in outside
+        }
+        or None,
+    }
+
+
+def scaling(
+    config: ReproduceConfig, figures: Figures, seeds: Sequence[int], complete: Sequence[str]
+) -> list[dict[str, Any]] | None:
+    """The score of each method with its first n domains, over those domains only; points that are not made yet are
+    left out."""
+    if config.scaling is None:
+        return None
+    names = list(figures.domains)
+    points = []
+    for method in config.scaling.methods:
+        for count in sorted(config.scaling.teachers):
+            model = method if count == len(names) else scaled_name(method, count)
+            if method in complete and all((seed, model) in figures.results for seed in seeds):
+                scores = {seed: figures.mean_score(seed, model, names[:count]) for seed in seeds}
+                estimate = Estimate.of(scores).as_json()
+                points.append({"method": method, "label": config.label(method), "teachers": count, "score": estimate})
+    return points
