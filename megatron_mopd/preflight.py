@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mopd.config import RunConfig, Split, check_layout
+from megatron_mopd.config import DomainSpec, RunConfig, Split, check_layout
 from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
@@ -151,11 +151,7 @@ def _check_weights(inputs: Inputs) -> None:
 
 
 def _check_lengths(config: RunConfig, arch: Architecture) -> None:
-    evaluation = config.evaluation
-    places = {f"domains.{name}": domain for name, domain in config.domains.items()}
-    places |= {f"evaluation.out_of_domain.{name}": task for name, task in evaluation.out_of_domain.items()}
-    places |= {f"evaluation.benchmarks.{name}": task for name, task in evaluation.benchmarks.items()}
-    for place, domain in places.items():
+    for place, domain in _places(config).items():
         longest = domain.max_prompt_tokens + domain.max_response_tokens
         if longest > arch.max_positions:
             raise ConfigError(
@@ -177,9 +173,18 @@ def _check_data(
     mixer.split(config.domain_names[0], split)
     if config.evaluation.perplexity is not None:
         read_windows(Path(config.evaluation.perplexity), arch, tokenizer)
-    benchmarks = {**config.evaluation.out_of_domain, **config.evaluation.benchmarks}
-    for name, domain in {**config.domains, **benchmarks}.items():
-        check_command(name, domain)
+    for place, domain in _places(config).items():
+        check_command(place, domain)
+
+
+def _places(config: RunConfig) -> dict[str, DomainSpec]:
+    """Everything with prompts, by its key in the configuration."""
+    groups: dict[str, Mapping[str, DomainSpec]] = {
+        "domains": config.domains,
+        "evaluation.out_of_domain": config.evaluation.out_of_domain,
+        "evaluation.benchmarks": config.evaluation.benchmarks,
+    }
+    return {f"{group}.{name}": spec for group, specs in groups.items() for name, spec in specs.items()}
 
 
 def _check_run_folder(config: RunConfig) -> None:

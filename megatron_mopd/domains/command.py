@@ -46,27 +46,30 @@ class Question:
     record: Mapping[str, Any]
 
 
-def check_command(domain: str, spec: DomainSpec) -> None:
-    """Raise ConfigError when the domain's command cannot be started or does not survive an empty batch."""
+def check_command(key: str, spec: DomainSpec) -> None:
+    """Raise ConfigError when a command cannot be started or does not survive an empty batch.
+
+    `key` is where `spec` stands in the configuration, as domains.math; errors name it.
+    """
     if spec.verifier != "command":
         return
     if shutil.which(spec.command[0]) is None:
-        raise ConfigError(f"domains.{domain}.command: no program '{spec.command[0]}' here; install it or give its path")
-    score_by_command(domain, spec, [])
+        raise ConfigError(f"{key}.command: no program '{spec.command[0]}' here; install it or give its path")
+    score_by_command(key, spec, [])
 
 
-def score_by_command(domain: str, spec: DomainSpec, questions: Sequence[Question]) -> list[float]:
+def score_by_command(key: str, spec: DomainSpec, questions: Sequence[Question]) -> list[float]:
     """The scores in the order of `questions`, whose ids differ.
 
     Raises ConfigError when the program fails, takes longer than `command_seconds`, or leaves out a score.
     """
-    output = _run(f"domains.{domain}.command", spec, "".join(_as_line(question) for question in questions))
-    scores = _read_scores(f"domains.{domain}.command", output)
+    output = _run(f"{key}.command", spec, "".join(_as_line(question) for question in questions))
+    scores = _read_scores(f"{key}.command", output)
     expected = {question.id for question in questions}
     for kind, ids in (("no score for", expected - set(scores)), ("a score for unknown", set(scores) - expected)):
         if ids:
             raise ConfigError(
-                f"domains.{domain}.command: {kind} id {min(ids)!r} ({len(ids)} of {len(expected)});"
+                f"{key}.command: {kind} id {min(ids)!r} ({len(ids)} of {len(expected)});"
                 " write one line for each line read, with its id"
             )
     return [scores[question.id] for question in questions]

@@ -119,7 +119,7 @@ def _score_by_command(name: str, spec: DomainSpec, answered: Sequence[tuple[str,
         )
         for response, rollout in answered
     ]
-    return score_by_command(name, spec, questions)
+    return score_by_command(f"domains.{name}", spec, questions)
 
 
 def score(response: str, rollout: Rollout, domains: Mapping[str, DomainSpec]) -> float:

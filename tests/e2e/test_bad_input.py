@@ -149,6 +149,13 @@ def test_data(
             ["evaluation.out_of_domain.b={source: {reasoning_gym: gcdd}, max_prompt_tokens: 9,max_response_tokens: 9}"],
             ["evaluation.out_of_domain.b.source", "gcdd", "gcd"],
         ),
+        (
+            [
+                "evaluation.out_of_domain.b={source: {reasoning_gym: gcd}, verifier: command, command: [no-such-thing],"
+                "max_prompt_tokens: 200, max_response_tokens: 9}"
+            ],
+            ["evaluation.out_of_domain.b.command", "no-such-thing"],
+        ),
     ],
 )
 def test_evaluation(

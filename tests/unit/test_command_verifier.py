@@ -81,8 +81,8 @@ def run_config(stage: Literal["rl", "sft"] = "rl", **domains: DomainSpec) -> Run
 def test_scores_come_back_in_the_order_of_the_questions(tmp_path: Path) -> None:
     spec = command_spec(program(tmp_path, SCORE_BY_LENGTH))
     questions = [question(n, text, longest=8) for n, text in enumerate(["ab", "", "a\nb\u2028\ud800", "abcdefgh"])]
-    assert score_by_command("d", spec, questions) == [2 / 8, 0.0, 5 / 8, 1.0]
-    assert score_by_command("d", spec, []) == []
+    assert score_by_command("domains.d", spec, questions) == [2 / 8, 0.0, 5 / 8, 1.0]
+    assert score_by_command("domains.d", spec, []) == []
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_scores_come_back_in_the_order_of_the_questions(tmp_path: Path) -> None:
 def test_bad_programs(tmp_path: Path, text: str, message: str) -> None:
     spec = command_spec(program(tmp_path, text), seconds=0.5 if "sleep" in text else 60.0)
     with pytest.raises(ConfigError) as error:
-        score_by_command("d", spec, [question(0)])
+        score_by_command("domains.d", spec, [question(0)])
     assert str(error.value).startswith("domains.d.command: ")
     assert message in str(error.value)
 
@@ -119,7 +119,7 @@ def test_a_program_that_is_too_slow_ends_with_its_children(tmp_path: Path) -> No
         time.sleep(10**6)
     """
     with pytest.raises(ConfigError, match="no end after 3 s"):
-        score_by_command("d", command_spec(program(tmp_path, text), seconds=3.0), [question(0)])
+        score_by_command("domains.d", command_spec(program(tmp_path, text), seconds=3.0), [question(0)])
     with (tmp_path / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # returns when both are dead
 
@@ -127,21 +127,21 @@ def test_a_program_that_is_too_slow_ends_with_its_children(tmp_path: Path) -> No
 def test_a_program_may_end_without_reading(tmp_path: Path) -> None:
     many = [question(n, "x" * 1000) for n in range(1000)]  # more than a pipe holds
     with pytest.raises(ConfigError, match=r"no score for id 'd/0#0' \(1000 of 1000\)"):
-        score_by_command("d", command_spec(program(tmp_path, "")), many)
+        score_by_command("domains.d", command_spec(program(tmp_path, "")), many)
 
 
 def test_check_finds_what_cannot_be_started(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"domains.d.command: no program 'no-such-thing' here; install it"):
-        check_command("d", command_spec(("no-such-thing",)))
+        check_command("domains.d", command_spec(("no-such-thing",)))
     with pytest.raises(ConfigError, match="No module named no_such_module"):
-        check_command("d", command_spec((sys.executable, "-m", "no_such_module")))
+        check_command("domains.d", command_spec((sys.executable, "-m", "no_such_module")))
     script = tmp_path / "script"
     script.write_text("print()")
     script.chmod(0o755)  # without a #! line
     with pytest.raises(ConfigError, match="cannot start"):
-        check_command("d", command_spec((str(script),)))
-    check_command("d", command_spec(program(tmp_path, SCORE_BY_LENGTH)))
-    check_command("d", DomainSpec(source=SourceSpec(jsonl="x"), verifier="exact"))
+        check_command("domains.d", command_spec((str(script),)))
+    check_command("domains.d", command_spec(program(tmp_path, SCORE_BY_LENGTH)))
+    check_command("domains.d", DomainSpec(source=SourceSpec(jsonl="x"), verifier="exact"))
 
 
 def test_each_domain_is_scored_by_its_own_verifier(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_each_domain_is_scored_by_its_own_verifier(tmp_path: Path) -> None:
             finish_reason="stop",
         )
 
-    rewards = [rollout.reward for rollout in verify([answered(*text) for text in texts], config, tokenizer)]
+    rewards = [rollout.reward for rollout in verify([answered(*text) for text in texts], config.domains, tokenizer)]
     assert rewards == [0.5, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0]
 
 
