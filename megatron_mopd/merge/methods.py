@@ -90,6 +90,11 @@ def _dare(recipe: Recipe, slices: TensorSlices, weights: Tensor) -> Iterator[Mer
 
 
 def _sce(recipe: Recipe, slices: TensorSlices) -> Iterator[Merged]:
+    """Select, calculate, erase (arXiv 2408.07990, section 3.3); a tensor is what the paper calls a matrix.
+
+    What is merged are the selected vectors, as in the paper and in mergekit. (The authors' own code erases and sums
+    the unselected ones; the selection then only shapes the coefficients.)
+    """
     threshold = _sce_threshold(recipe, slices)
     energies = torch.zeros(len(recipe.weights), dtype=torch.float64)
     for piece in slices:

@@ -101,6 +101,9 @@ def _lock(folder: Path, out: Path) -> TextIO:
             raise ConfigError(
                 f"out: {out} is being merged by {holder}; wait for it, or choose another folder"
             ) from None
+        except OSError as error:
+            file.close()
+            raise ConfigError(f"out: {folder} cannot be locked: {error.strerror}; use another file system") from None
         if _is_at(file, folder / _LOCK):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

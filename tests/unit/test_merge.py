@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from megatron_mopd.cli import main
-from megatron_mopd.merge import MergeConfig, merge
+from megatron_mopd.merge import MergeConfig, bench, merge
 from megatron_mopd.merge.run import run_merge
 from megatron_mopd.student.architecture import read_architecture
 from megatron_mopd.student.hf_files import INDEX, content_hash, read_headers
@@ -226,3 +227,32 @@ def test_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("mopd merge CONFIG", "dare_ties", "examples:", "configs/tiny/param_merge.yaml scaling=0.5"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 112
+
+
+def test_a_disk_that_fills_up_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond 20 kB: the same failed write as on a full disk."""
+    config = config_of(folder, tmp_path / "out", dtype="float32")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"out: .*/out cannot be written: File too large; make room"):
+            merge(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_is_that_of_slices() -> None:
+    """Two tensors of 10 million elements: one of them in float64, for three checkpoints, would be 240 MB."""
+    command = [sys.executable, "-m", "megatron_mopd.merge.bench", "--gb", "0.05", "--method", "ties"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = done.stdout.splitlines()[-1].split()
+    assert figures[0] == "ties"
+    assert 0 < float(figures[1]) < 0.1, done.stdout
+
+
+def test_the_bench_says_when_the_disk_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--gb", "1e9"]) == 2
+    assert "needs 4000000000 GB, has" in capsys.readouterr().err
