@@ -10,8 +10,9 @@ from kernels.divergence import DivergenceStats, divergence
 from kernels.linear_divergence import linear_divergence
 from kernels.objective import DivergenceKind, Objective
 from kernels.shard import VocabShard
+from kernels.support import Support, linear_support, support
 from kernels.token_logprob import TokenStats, token_logprob
-from kernels.topk_divergence import Support, support, topk_divergence
+from kernels.topk_divergence import TopkStats, topk_divergence
 
 __all__ = [
     "DivergenceKind",
@@ -19,9 +20,11 @@ __all__ = [
     "Objective",
     "Support",
     "TokenStats",
+    "TopkStats",
     "VocabShard",
     "divergence",
     "linear_divergence",
+    "linear_support",
     "support",
     "token_logprob",
     "topk_divergence",

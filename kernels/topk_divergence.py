@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, cast, get_args, overload
 
 import torch
 from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import Implementation, row_kernels
-from kernels.objective import FLOATS, accumulation_dtype, check_ids, check_temperature, check_weights
+from kernels.objective import accumulation_dtype, check_ids, check_temperature, check_tokens, check_weights
 from kernels.output_layer import check_layer
 from kernels.reference import TopkForm
 from kernels.selected import FromLayer, FromLogits, TokenJob
@@ -23,47 +23,73 @@ from kernels.shard import VocabShard
 from kernels.sweep import weigh
 from kernels.token_logprob import check_logits
 
-SupportOf = Literal["teacher", "student", "union"]
+TopkKind = Literal["reverse_kl", "forward_kl"]
 
 _from_layer = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], FromLayer.apply)
 _from_logits = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], FromLogits.apply)
 
 
 @dataclass(frozen=True, slots=True)
-class Support:
-    """The tokens a row is compared on."""
+class TopkStats:
+    """Per row, in nats; fp32 (float64 for float64 inputs). All but `divergence` are detached and unweighted."""
 
-    ids: Tensor
-    """[T, k] int64, -1 for an unused place; a token at most once in a row."""
-    logprobs: Tensor
-    """[T, k] of the teacher's full softmax, in nats; -inf in unused places."""
+    divergence: Tensor
+    """[T] differentiable in the student; times its weight."""
+    reverse_kl: Tensor
+    """[T] KL(student || teacher) with all tokens outside the support as one, whatever kind and form: never more than
+    that of the full vocabulary."""
+    student_mass: Tensor
+    """[T] the student's probability of the support."""
+    teacher_mass: Tensor
+    student_entropy: Tensor
+    """[T] of the full softmax."""
+    student_logprob: Tensor | None = None
+    """[T] of `token_ids`; None without them."""
 
 
+@overload
+def topk_divergence(
+    student: Tensor, topk_ids: Tensor, topk_logprobs: Tensor, kind: TopkKind = ..., *,
+    student_weight: Tensor | None = ..., form: TopkForm = ..., shard: VocabShard | None = ...,
+    temperature: float = ..., weights: Tensor | None = ..., token_ids: Tensor | None = ...,
+    chunk_tokens: int | None = ..., impl: Implementation = ..., return_stats: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def topk_divergence(
+    student: Tensor, topk_ids: Tensor, topk_logprobs: Tensor, kind: TopkKind = ..., *,
+    student_weight: Tensor | None = ..., form: TopkForm = ..., shard: VocabShard | None = ...,
+    temperature: float = ..., weights: Tensor | None = ..., token_ids: Tensor | None = ...,
+    chunk_tokens: int | None = ..., impl: Implementation = ..., return_stats: Literal[True],
+) -> TopkStats: ...  # fmt: skip
 def topk_divergence(
     student: Tensor,
     topk_ids: Tensor,
     topk_logprobs: Tensor,
-    kind: Literal["reverse_kl", "forward_kl"] = "reverse_kl",
+    kind: TopkKind = "reverse_kl",
     *,
     student_weight: Tensor | None = None,
     form: TopkForm = "raw",
     shard: VocabShard | None = None,
     temperature: float = 1.0,
     weights: Tensor | None = None,
+    token_ids: Tensor | None = None,
     chunk_tokens: int | None = None,
     impl: Implementation = "auto",
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | TopkStats:
     """weights * divergence on the support, [T] in nats, fp32 (float64 for float64). `reference.topk_divergence` has
     the formulas: "raw" (MOPD Eq. 5), "tail", "renormalised". A log-prob counts as at least -1e4, on either side.
 
     Shapes: student: logits [T, columns], or hidden states [T, H] with student_weight [rows, H], of this rank's
     `shard`; topk_ids [T, k] global ids, the same on every rank, -1 for an unused place (`support` makes them);
-    topk_logprobs [T, k] the teacher's log-probs at `temperature`, constants. weights [T] constants.
+    topk_logprobs [T, k] the teacher's log-probs at `temperature`, constants. weights [T] constants. token_ids [T] for
+    the log-prob among the statistics (`TopkStats`), which take no further pass.
 
     Gradient: with h_i = dL / dlog p_i,  dz_j = (sum_i h_i 1[j = i] - p_j sum_i h_i) / temperature. From hidden
     states dX is this rank's share, to be summed over `shard.group`; dW is complete.
 
-    Collectives: one all-gather of [3 + k, T] forward if `shard.group` has several ranks, none backward.
+    Collectives: one all-gather of [3 + k, T] ([4 + k, T] with token_ids) forward if `shard.group` has several ranks,
+    none backward.
 
     Raises ValueError when shapes, dtypes or options do not fit, for an id outside the vocabulary or twice in a row.
     """
@@ -79,19 +105,29 @@ def topk_divergence(
         check_layer("student_", student, student_weight, shard)
     check_weights(weights, len(student), student.device)
     _check_support(topk_ids, topk_logprobs, student, shard.vocab_size)
+    ids, k = topk_ids, topk_ids.shape[1]
+    if token_ids is not None:
+        check_tokens(token_ids, len(student), student.device, shard.vocab_size)
+        ids = torch.cat((topk_ids, token_ids[:, None].long()), 1)
     dtype = accumulation_dtype(student.dtype)
     kernels = row_kernels(
         impl, student.device, student.dtype if student_weight is None else dtype, len(student) * shard.rows
     )
     job = TokenJob(shard, kernels, temperature, chunk_tokens)
     if student_weight is None:
-        log_p, _, _ = _from_logits(student, topk_ids, job)
+        log_p, entropy, _ = _from_logits(student, ids, job)
     else:
-        log_p, _, _ = _from_layer(student, student_weight, topk_ids, job)
+        log_p, entropy, _ = _from_layer(student, student_weight, ids, job)
     # float64 costs nothing at [T, k]; what is left outside the support is a difference of nearly equal numbers.
-    used = topk_ids >= 0
-    value = reference.topk_divergence(log_p.double(), topk_logprobs.detach().double(), kind, form, used)
-    return weigh(value, weights).to(dtype)
+    pair, used = (log_p[:, :k].double(), topk_logprobs.detach().double()), topk_ids >= 0
+    value = weigh(reference.topk_divergence(*pair, kind, form, used), weights).to(dtype)
+    if not return_stats:
+        return value
+    with torch.no_grad():
+        kl = reference.topk_divergence(*pair, "reverse_kl", "tail", used).to(dtype)
+        student_mass, teacher_mass = (torch.where(used, each.exp(), 0.0).sum(-1).to(dtype) for each in pair)
+        logprob = None if token_ids is None else log_p[:, k].detach()
+        return TopkStats(value, kl, student_mass, teacher_mass, entropy, logprob)
 
 
 def _check_support(ids: Tensor, logprobs: Tensor, student: Tensor, vocab_size: int) -> None:
@@ -109,72 +145,3 @@ def _check_support(ids: Tensor, logprobs: Tensor, student: Tensor, vocab_size: i
     if twice.any():
         row, place = (int(each) for each in twice.nonzero()[0])
         raise ValueError(f"token id {int(ordered[row, place])} is twice in row {row} of topk_ids")
-
-
-@torch.no_grad()
-def support(
-    student_logits: Tensor | None,
-    teacher_logits: Tensor,
-    k: int,
-    of: SupportOf = "teacher",
-    *,
-    shard: VocabShard | None = None,
-    temperature: float = 1.0,
-    impl: Implementation = "auto",
-) -> Support:
-    """The k most likely tokens of the teacher, of the student, or of either ("union": up to 2 k, the student's new
-    ones after the teacher's), over all vocabulary shards, with the teacher's log-probs.
-
-    logits [T, columns]; student_logits may be None for the teacher's. Of equal logits the lowest id wins.
-    Collectives: an all-gather of [2 k, T] for each side that is searched, and one of [3 + k or 2 k, T].
-    """
-    if of not in get_args(SupportOf):
-        raise ValueError(f"of must be one of {', '.join(get_args(SupportOf))}, got '{of}'")
-    shard = shard or VocabShard.whole(teacher_logits.shape[-1])
-    if not 0 < k <= shard.vocab_size:
-        raise ValueError(f"k must be in [1, {shard.vocab_size}], got {k}")
-    searched: dict[SupportOf, list[Tensor | None]] = {
-        "teacher": [teacher_logits],
-        "student": [student_logits],
-        "union": [teacher_logits, student_logits],
-    }
-    check_temperature(temperature)
-    check_logits(teacher_logits, shard)
-    found = []
-    for logits in searched[of]:
-        if logits is None:
-            raise ValueError(f"the support of the {of} needs student_logits")
-        _check_alike(logits, teacher_logits)
-        found.append(_global_top(logits[:, : shard.rows], k, shard))
-    ids = found[0]
-    if of == "union":
-        new = (found[1][:, :, None] != found[0][:, None, :]).all(-1)
-        ids = torch.cat((found[0], torch.where(new, found[1], -1)), -1)
-    kernels = row_kernels(impl, teacher_logits.device, teacher_logits.dtype, teacher_logits.numel())
-    logprobs, _, _ = _from_logits(teacher_logits, ids, TokenJob(shard, kernels, temperature))
-    return Support(ids, logprobs)
-
-
-def _check_alike(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape or student.device != teacher.device or student.dtype not in FLOATS:
-        given = (f"{name}_logits {tuple(each.shape)} {each.dtype} on {each.device}"
-                 for name, each in (("student", student), ("teacher", teacher)))  # fmt: skip
-        raise ValueError(f"{', '.join(given)}: expected the same shape and device")
-
-
-def _global_top(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
-    """[T, k] ids of the largest logits over all shards, largest first. One all-gather of [2 k, T]."""
-    mine = min(k, logits.shape[1])
-    dtype = accumulation_dtype(logits.dtype)
-    packet = torch.full((2 * k, len(logits)), -torch.inf, dtype=dtype, device=logits.device)
-    packet[k:] = shard.vocab_size
-    # Stable sorts, twice: torch.topk leaves open which of two equal logits it takes, and ranks must agree.
-    values, places = logits.sort(dim=-1, descending=True, stable=True)
-    packet[:mine], packet[k : k + mine] = values[:, :mine].t(), (places[:, :mine] + shard.start).t()
-    gathered = shard.gather(packet)
-    values, ids = gathered[:, :k].flatten(0, 1), gathered[:, k:].flatten(0, 1)
-    # Places that a short shard could not fill come last, also after tokens of -inf.
-    last = (ids == shard.vocab_size).to(torch.int8).sort(dim=0, stable=True).indices
-    values, ids = values.gather(0, last), ids.gather(0, last)
-    order = values.sort(dim=0, descending=True, stable=True).indices[:k]
-    return ids.gather(0, order).t().long()

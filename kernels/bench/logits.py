@@ -16,8 +16,9 @@ from kernels.bench.measure import Contender, Gradients, relative_error
 from kernels.dispatch import Implementation, row_kernels
 from kernels.divergence import divergence
 from kernels.objective import DivergenceKind, Objective
+from kernels.support import Support, support
 from kernels.token_logprob import token_logprob
-from kernels.topk_divergence import Support, support, topk_divergence
+from kernels.topk_divergence import topk_divergence
 
 CHECKED_ROWS = 4
 CPU_IMPLEMENTATIONS: tuple[Implementation, ...] = ("torch", "cpp")

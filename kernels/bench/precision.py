@@ -21,7 +21,8 @@ from kernels.bench.logits import eager_log_softmax
 from kernels.bench.measure import relative_error
 from kernels.divergence import divergence
 from kernels.linear_divergence import linear_divergence
-from kernels.topk_divergence import support, topk_divergence
+from kernels.support import support
+from kernels.topk_divergence import topk_divergence
 
 LEVELS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 TOPK = 64

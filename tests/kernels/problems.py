@@ -45,6 +45,8 @@ class Problem:
     kind: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
     """As `form`, of `topk`."""
     k: int = 5
+    strided: bool = False
+    """Columns of hidden states and weight lie apart."""
     seed: int = 0
 
     def rows(self, size: int) -> int:
@@ -172,8 +174,11 @@ def solve(group: ProcessGroup, problem: Problem, operation: str) -> Found:
     """One rank's share of the problem."""
     inputs, rows = make_inputs(problem), problem.rows(dist.get_world_size(group))
     shard = VocabShard.of_rank(rows, problem.vocab, group)
-    hidden = inputs.hidden.requires_grad_()
-    weight = local_rows(inputs.weight, shard, rows).requires_grad_()
+    hidden, weight = inputs.hidden, local_rows(inputs.weight, shard, rows)
+    if problem.strided:
+        hidden, weight = (each.t().contiguous().t() for each in (hidden, weight))
+    hidden.requires_grad_()
+    weight.requires_grad_()
     with CollectiveCounter() as counter:
         if operation == "divergence":
             teacher_weight = local_rows(inputs.teacher_weight, shard, rows)

@@ -7,7 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import VocabShard, divergence, linear_divergence, support, token_logprob, topk_divergence
+from kernels import (
+    VocabShard,
+    divergence,
+    linear_divergence,
+    linear_support,
+    support,
+    token_logprob,
+    topk_divergence,
+)
 
 T, V, H = 3, 5, 4
 Z, X, W = torch.zeros(T, V), torch.zeros(T, H), torch.zeros(V, H)
@@ -34,6 +42,14 @@ SHAPES = [
     (lambda: support(Z[:2], Z, 2, "student"), r"student_logits \(2, 5\) .*, teacher_logits \(3, 5\)"),
     (lambda: support(None, Z, 2, temperature=0.0), "temperature must be positive and finite, got 0"),
     (lambda: support(Z, Z, 2, "both"), "of must be one of teacher, student, union, got 'both'"),  # type: ignore[arg-type]
+    (lambda: topk_divergence(Z, TOP, Q, token_ids=IDS[:2], return_stats=True), r"token_ids are \(2,\)"),
+    (lambda: linear_support(None, None, X, W, 6), r"k must be in \[1, 5\], got 6"),
+    (lambda: linear_support(None, None, X, W[:, :3], 2), r"teacher_hidden \(3, 4\), teacher_weight \(5, 3\)"),
+    (lambda: linear_support(X, W[:4], X, W, 2, "student"), r"student_weight \(4, 4\): the shard holds"),
+    (lambda: linear_support(X[:2], W, X, W, 2, "union"), "student_hidden has 2 rows on cpu, teacher_hidden 3 on cpu"),
+    (lambda: linear_support(None, None, X, W, 2, "union"), "the union needs student_hidden and student_weight"),
+    (lambda: linear_support(X, W, X, W, 2, "both"), "of must be one of teacher, student, union"),  # type: ignore[arg-type]
+    (lambda: linear_support(X, W, X, W, 2, temperature=-1.0), "temperature must be positive"),
     (lambda: linear_divergence(X, W, X[:, :3], W), r"teacher_hidden \(3, 3\), teacher_weight \(5, 4\)"),
     (lambda: linear_divergence(X, W, X, W, teacher_index=IDS[:2]), r"teacher_index is \(2,\)"),
     (lambda: linear_divergence(X, W, X, [W], teacher_index=-IDS - 1), "teacher_index has -1 to -1, but there are 1"),

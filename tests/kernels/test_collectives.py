@@ -16,6 +16,7 @@ from kernels import (
     VocabShard,
     divergence,
     linear_divergence,
+    linear_support,
     reference,
     support,
     token_logprob,
@@ -67,7 +68,14 @@ def run_operation(group: ProcessGroup, name: str) -> tuple[Tensor, Sent, int]:
         elif operation == "topk":
             assert chosen is not None
             source = (hidden, weight) if option == "linear" else (z, None)
-            value = topk_divergence(source[0], chosen.ids, chosen.logprobs, student_weight=source[1], shard=shard)
+            pair = chosen.ids, chosen.logprobs
+            if option == "stats":
+                value = topk_divergence(z, *pair, shard=shard, token_ids=ids, return_stats=True).divergence
+            else:
+                value = topk_divergence(source[0], *pair, student_weight=source[1], shard=shard)
+        elif operation == "linear_support":
+            heads = hidden, weight, teacher_hidden, teacher_weight
+            value = linear_support(*heads, K, option, shard=shard, chunk_tokens=5).logprobs  # type: ignore[arg-type]
         else:
             value = support(z, t, K, option, shard=shard).logprobs  # type: ignore[arg-type]
         forward = list(counter.sent)
@@ -90,6 +98,10 @@ TABLE: dict[str, list[tuple[int, int]]] = {
     "support teacher": [(2 * K, TOKENS), (3 + K, TOKENS)],
     "support student": [(2 * K, TOKENS), (3 + K, TOKENS)],
     "support union": [(2 * K, TOKENS), (2 * K, TOKENS), (3 + 2 * K, TOKENS)],
+    "topk stats": [(4 + K, TOKENS)],
+    "linear_support teacher": [(3 + 2 * K, TOKENS)],
+    "linear_support student": [(3 + 2 * K, TOKENS), (3 + K, TOKENS)],
+    "linear_support union": [(3 + 2 * K, TOKENS), (3 + 2 * K, TOKENS), (3 + 2 * K, TOKENS)],
     "linear reverse_kl recompute": [(6, TOKENS)],
     "linear mixed recompute": [(8, TOKENS)],
     "linear jsd recompute": [(6, TOKENS), (2, TOKENS)],

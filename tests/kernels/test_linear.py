@@ -36,6 +36,15 @@ class Case:
     rows_per_rank: int | None = None
     small_blocks: bool = False
     """Several slabs of the vocabulary."""
+    tokens: int = TOKENS
+    """As this and the next ones, for one teacher."""
+    noise: float = 0.3
+    offset: float = 0.0
+    """Added to all of the student's logits, taken from the teacher's."""
+    excluded: bool = False
+    """In some rows the student's logits of some tokens are -inf, in others the teacher's, in others some of either."""
+    strided: bool = False
+    """Columns of hidden states and weights lie apart."""
 
 
 def tensors(case: Case) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor]:
@@ -49,15 +58,41 @@ def tensors(case: Case) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Ten
     counts = COUNTS if case.teachers == "routed" else (TOKENS,) * 3
     states = [normal(count, size) for count, size in zip(counts, SIZES, strict=True)]
     if case.teachers == "one":
-        states, heads = [hidden + 0.3 * normal(TOKENS, HIDDEN)], [weight]
+        states, heads = [hidden + case.noise * normal(TOKENS, HIDDEN)], [weight.clone()]
+        (hidden, weight), (states[0], heads[0]) = (
+            with_units(case, side, *layer) for side, layer in enumerate(((hidden, weight), (states[0], heads[0])))
+        )
+        hidden, states[0] = hidden[: case.tokens], states[0][: case.tokens]
     weights = torch.rand(TOKENS, generator=source) if case.weighted else None
     if weights is not None:
         weights[[0, 1, 6, 12]] = 0.0
     upstream = torch.rand(TOKENS, generator=source) - 0.3
     if case.gradient == "in_forward":
         upstream = torch.full((TOKENS,), 0.7)
-    to = case.dtype
+    to, tokens = case.dtype, case.tokens
+    weights, upstream = weights if weights is None else weights[:tokens], upstream[:tokens]
     return hidden.to(to), weight.to(to), [h.to(to) for h in states], [h.to(to) for h in heads], weights, upstream
+
+
+HUGE = 1e20
+"""Of a token and a row of the layer: their product is -inf in fp32, and 0 where the other has a 0."""
+
+
+def with_units(case: Case, side: int, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer of the student (side 0) or teacher with hidden units of its own for `offset` and `excluded`."""
+    if case.offset:
+        hidden = torch.cat((hidden, torch.full((len(hidden), 1), 4.0).double()), 1)
+        weight = torch.cat((weight, torch.full((len(weight), 1), (1 - 2 * side) * case.offset / 4).double()), 1)
+    if case.excluded:
+        of_token, of_row = hidden.new_zeros(len(hidden), 2), weight.new_zeros(len(weight), 2)
+        of_token[side::4, 0] = of_token[2::4, 1] = HUGE
+        of_row[: len(weight) // 3, 0] = of_row[side::3, 1] = -HUGE
+        hidden, weight = torch.cat((hidden, of_token), 1), torch.cat((weight, of_row), 1)
+    return hidden, weight
+
+
+def apart(each: Tensor) -> Tensor:
+    return each.t().contiguous().t()
 
 
 BEFORE = 2.0**-7
@@ -79,13 +114,14 @@ def solve_case(group: ProcessGroup, case: Case) -> tuple[Tensor, Tensor, Tensor,
 
 def _solve(group: ProcessGroup, case: Case) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
     hidden, weight, states, heads, weights, upstream = tensors(case)
+    place = apart if case.strided else Tensor.contiguous
     rows = case.rows_per_rank or -(-case.vocab // dist.get_world_size(group))
     shard = VocabShard.of_rank(rows, case.vocab, group)
-    hidden.requires_grad_()
-    weight = local_rows(weight, shard, rows).requires_grad_()
-    heads = [local_rows(head, shard, rows) for head in heads]
+    hidden = place(hidden).requires_grad_()
+    weight = place(local_rows(weight, shard, rows)).requires_grad_()
+    heads, states = [place(local_rows(head, shard, rows)) for head in heads], [place(each) for each in states]
     one = case.teachers == "one"
-    main_grad = torch.full((rows, HIDDEN), BEFORE) if case.main_grad else None
+    main_grad = torch.full(weight.shape, BEFORE) if case.main_grad else None
     with CollectiveCounter() as counter:
         value = linear_divergence(
             hidden, weight, states[0] if one else states, heads[0] if one else heads, case.kind, alpha=0.3, beta=0.25,

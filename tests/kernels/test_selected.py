@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from kernels import VocabShard, reference, support, topk_divergence
 from kernels.dispatch import Implementation
-from kernels.topk_divergence import SupportOf
+from kernels.support import SupportOf
 from tests.kernels.problems import relative_error
 from tests.kernels.ranks import Ranks
 from tests.kernels.shares import Share, columns, draw, errors, share_expected, solve_share

@@ -38,6 +38,53 @@ def test_divergence(ranks: Ranks, size: int, share: Share, kind: DivergenceKind)
     assert found[0].collectives == (0 if size == 1 else 2 if kind == "jsd" else 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("size", "kind", "share"),
+    [
+        (1, "reverse_kl", Share(tokens=0)),
+        (2, "mixed", Share(tokens=0, vocab=32)),
+        (4, "forward_kl", Share(tokens=1, vocab=32, temperature=2.0)),
+        (8, "reverse_kl", Share(tokens=1, vocab=32, rows_per_rank=5)),
+        (4, "mixed", Share(tokens=2, vocab=1000, noise=5.0, offsets=(-40.0, 40.0))),
+        (8, "jsd", Share(tokens=2, vocab=1000, noise=5.0, temperature=0.5)),
+        (8, "reverse_kl", Share(tokens=1, vocab=151936, spread=3.0)),
+        (8, "jsd", Share(tokens=1, vocab=151936, spread=3.0)),
+    ],
+)
+def test_sizes(ranks: Ranks, size: int, kind: DivergenceKind, share: Share) -> None:
+    """No row, one row, ranks that hold two tokens or none, and 18,992 of 151,936."""
+    share = replace(share, kind=kind, impl="triton")
+    value, gradient = errors(ranks.run(size, solve_share, share), share_expected(share))
+    assert value < 5e-6
+    assert gradient < 2e-5
+
+
+@pytest.mark.parametrize(("noise", "values", "gradients"), [(1.4e-3, 5e-3, 2e-3), (1.4e-2, 1e-4, 2e-4)])
+def test_small_divergence(ranks: Ranks, noise: float, values: float, gradients: float) -> None:
+    """KL of 1e-6 and 1e-4."""
+    for kind in KINDS[:2]:
+        share = Share(vocab=4096 * 4, noise=noise, kind=kind, impl="triton", tokens=2)  # all in the main loop
+        value, gradient = errors(ranks.run(4, solve_share, share), share_expected(share))
+        assert value < values
+        assert gradient < gradients
+
+
+@pytest.mark.parametrize("operation", ["logprob", "topk"])
+@pytest.mark.parametrize(
+    ("size", "share"),
+    [
+        (4, Share(tokens=1, vocab=32, offsets=(40.0, 40.0))),
+        (2, Share(tokens=0)),
+        (8, Share(tokens=2, vocab=1000, temperature=0.5, strided=True)),
+    ],
+)
+def test_tokens_of_other_sizes(ranks: Ranks, size: int, share: Share, operation: str) -> None:
+    share = replace(share, impl="triton", form="tail")
+    value, gradient = errors(ranks.run(size, solve_share, share, operation), share_expected(share, operation))
+    assert value < 3e-6
+    assert gradient < 1e-5
+
+
 @pytest.mark.parametrize("operation", ["logprob", "topk"])
 @pytest.mark.parametrize(("size", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
 def test_tokens(ranks: Ranks, size: int, dtype: torch.dtype, operation: str) -> None:
