@@ -83,9 +83,10 @@ def _curves_of_study(study: Study) -> CurveSet:
 
 
 def _curves_of_runs(folders: Sequence[Path]) -> tuple[Curve, ...]:
-    """Each under its folder's name, or its whole path where two have the same."""
-    names = [folder.resolve().name for folder in folders]
-    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    """Each under the end of its path: as much of it as tells them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    ends = (["/".join(parts[-length:]) for parts in paths] for length in range(1, max(map(len, paths)) + 1))
+    labels = next(names for names in ends if len(set(names)) == len(names))
     return tuple(
         Curve(name=label, label=label, family=RUN_FAMILY, logs=(read_log(folder),))
         for label, folder in zip(labels, folders, strict=True)

@@ -21,7 +21,8 @@ _MARKERS = "osD^v"
 _LINES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1, 1.2)), (0, (5, 1.4, 1, 1.4)), (0, (2.5, 1)))
 
 _SETTINGS = {
-    "font.family": "STIXGeneral",  # part of matplotlib: the same figure on every machine, and Times to the eye
+    # Both are part of matplotlib: the same figure on every machine. Times to the eye, and the rest of Unicode.
+    "font.family": ["STIXGeneral", "DejaVu Sans"],
     "mathtext.fontset": "stix",
     "font.size": 8.5,
     "axes.labelsize": 8.5,

@@ -134,6 +134,16 @@ def test_a_run_without_generated_tokens_is_drawn_over_trained_ones(tmp_path: Pat
     assert old.tokens is None
 
 
+def test_runs_are_called_by_as_much_of_their_path_as_tells_them_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a/mopd", "b/mopd", "b/sampled")]
+    for folder in folders:
+        write_metrics(folder)
+    (group,) = read_sources(folders).curve_sets
+    assert [curve.label for curve in group.curves] == ["a/mopd", "b/mopd", "b/sampled"]
+    (group,) = read_sources(folders[1:]).curve_sets
+    assert [curve.label for curve in group.curves] == ["mopd", "sampled"]
+
+
 def test_a_null_in_the_metrics_is_no_point(tmp_path: Path) -> None:
     line = {"step": 0, "kind": "train", "reverse_kl/add": None, "reverse_kl/sort": 0.5, "reverse_kl": 3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
