@@ -5,7 +5,8 @@
 
 Every printable ASCII character is a token, so that the model has to work on letters and digits; what the
 demo's three reasoning-gym tasks say in every prompt, and the brackets of their answers, are one token each,
-so that prompts stay short. The model for twelve teachers has the sentences of their twelve tasks too. There are no weights: the `sft` stage starts from random ones.
+so that prompts stay short. The model for twelve teachers has the sentences of their twelve tasks too. There are no
+weights: the `sft` stage starts from random ones.
 """
 
 from __future__ import annotations
