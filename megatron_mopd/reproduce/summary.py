@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from megatron_mopd.evaluation.results import EvalResult
+from megatron_mopd.report import normalised
 from megatron_mopd.reproduce.config import BASE, TEACHERS, ReproduceConfig
 from megatron_mopd.reproduce.cost import own_nodes
 from megatron_mopd.reproduce.plan import scaled_name
@@ -17,12 +18,6 @@ from megatron_mopd.reproduce.store import StoredNode, read_json
 
 VERSION = 1
 COMPUTE = ("generated_tokens", "trained_tokens", "teacher_tokens", "seconds")
-
-
-def normalised(accuracy: float, base: float, teacher: float) -> float:
-    """(x - base) / (teacher - base): 0 is the base, 1 the teacher; nan where the two do not differ."""
-    lead = teacher - base
-    return math.nan if abs(lead) < 1e-9 else (accuracy - base) / lead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
