@@ -62,6 +62,8 @@ def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
     with writing(Path(out), origin_of(inputs.tokenizer, weights, keep)) as writer:
         cost = _write(answers, writer, keep)
         for name in config.domains:
+            if name not in cost.sampled:
+                raise ConfigError(f"domains.{name}: has no prompt in so few steps; raise steps or prompts_per_step")
             if cost.left_out[name] == cost.sampled[name]:
                 raise ConfigError(f"domains.{name}: none of {cost.sampled[name]} answers is correct; use --keep all")
         writer.finish(cost)
