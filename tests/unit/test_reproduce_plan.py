@@ -15,6 +15,7 @@ from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.reproduce.command import Options, Plan, make_plan
 from megatron_mopd.reproduce.config import load_reproduce_config
 from megatron_mopd.reproduce.execute import command_of, file_of
+from megatron_mopd.reproduce.fingerprint import changes
 from megatron_mopd.reproduce.store import RECORD, StoredNode, place, prune, write_json
 from megatron_mopd.yaml_config import ConfigError, dump_yaml
 from tests.comparison import read, write, write_comparison
@@ -127,6 +128,36 @@ def test_a_default_that_is_written_out_is_no_change(config: Path) -> None:
     assert before["seed0/mopd"].made_of.config["optim"] == {"lr": 0.01}
     assert before["seed0/mopd.eval"].made_of.config["evaluation"] == {
         "prompts": 12, "samples": 2, "validation_prompts": 8}  # fmt: skip
+
+
+def test_another_order_of_the_domains_is_another_run(config: Path) -> None:
+    before = placed(config)
+    file = config.parent / "sft.yaml"
+    domains = read(file)["domains"]
+    write(file, read(file) | {"domains": dict(reversed(domains.items()))})
+    after = placed(config)["seed0/base"]
+    assert after.folder != before["seed0/base"].folder  # whose turn it is, and who wins a tie
+    finish(before["seed0/base"])
+    assert after.why() == "order_of_domains was None, is ['b', 'a']"
+
+
+def test_what_a_node_read_before_and_no_more_is_said(config: Path) -> None:
+    item = placed(config)["seed0/base"]
+    finish(item)
+    record = json.loads((item.folder / RECORD).read_text())
+    record["made_of"]["files"] |= {"gone.jsonl": "0"}
+    del record["made_of"]["files"][str(config.parent / "a.jsonl")]
+    assert changes(record["made_of"], item.made_of, item.node) == [
+        f"{config.parent / 'a.jsonl'} is read now",
+        "gone.jsonl is not read any more",
+    ]
+
+
+def test_damaged_digests_are_made_again(config: Path) -> None:
+    before = placed(config)["seed0/base"].folder
+    (config.parent / "run").mkdir(exist_ok=True)
+    (config.parent / "run" / "hashes.json").write_text('{"cut')
+    assert placed(config)["seed0/base"].folder == before
 
 
 def test_an_edited_dataset_is_found_under_a_cached_node_and_the_reason_said(config: Path) -> None:
