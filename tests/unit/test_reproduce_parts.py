@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from megatron_mopd.evaluation.results import EvalResult, Score
 from megatron_mopd.reproduce.config import MethodSpec, load_reproduce_config
-from megatron_mopd.reproduce.cost import Cost, check_budget, node_cost, own_nodes
+from megatron_mopd.reproduce.cost import Cost, budget_line, check_budget, drawing_more, node_cost, own_nodes
 from megatron_mopd.reproduce.graph import Node, in_order, with_inputs
 from megatron_mopd.reproduce.statistics import Estimate
 from megatron_mopd.reproduce.store import write_json
@@ -79,6 +80,17 @@ def test_the_budget_counts_everything_but_base_and_teachers_once() -> None:
     check_budget(nodes, methods, {"mopd": 32, "again": 32 + 64 + 32}, 0)
     with pytest.raises(ConfigError, match=r"methods.again: its files generate 128 rollouts, the budget is 32"):
         check_budget(nodes, methods, {"mopd": 32, "again": 32}, 0)
+
+
+def test_what_dynamic_sampling_draws_is_not_called_checked() -> None:
+    plain, more = run("seed0/plain", "rl"), run("seed0/more", "rl")
+    more = dataclasses.replace(more, tree=more.tree | {"objective": {"dynamic_sampling": True}})
+    nodes = {item.name: item for item in (plain, more)}
+    assert drawing_more(nodes, ["plain", "more"], 0) == ["more"]
+    assert budget_line({"plain": 32, "more": 32}, 32, ["more"]) == (
+        "budget, checked: 32 rollouts each: plain, more; at least, as dynamic sampling draws more: more"
+    )
+    assert budget_line({"plain": 32}, 32) == "budget, checked: 32 rollouts each: plain"
 
 
 def test_interval_of_five_seeds() -> None:

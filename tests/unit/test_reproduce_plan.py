@@ -272,6 +272,10 @@ def test_only_one_method(config: Path) -> None:
         (["methods.a/b={family: mopd, run: x.yaml}"], "methods.a/b: names folders; use letters, digits"),
         (["scaling={teachers: [3], methods: [mopd]}"], "scaling.teachers: 3 is more than the 2 domains"),
         (["scaling={teachers: [1], methods: [off]}"], "scaling.methods: 'off' names nodes of its own"),
+        (
+            ["scaling={teachers: [1], methods: [mopd]}", "methods.mopd_n1={family: mopd, run: x.yaml}"],
+            "methods.mopd_n1: is scaling's name for mopd; rename it",
+        ),
         (["tune.trials.off=[[]]"], "tune: trials.off: 1 trials, but mopd has 2; give every method as many"),
         (["tune.trials.mix=[[], []]"], "tune.trials.mix: no such method; known: arithmetic, off, mopd"),
         (["tune.seed=1"], "tune.seed: 1 is one of seeds; choose another"),
@@ -298,6 +302,11 @@ def test_a_mistake_is_one_line_before_anything_runs(config: Path, overrides: lis
 def test_options_that_do_not_fit(config: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(config, **options)
+
+
+def test_a_method_with_the_name_of_a_trial(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"methods\.mopd_trial1: is the name of a trial of mopd; rename it"):
+        plan_of(config, "methods.mopd_trial1={family: mopd, run: x.yaml}", tune=True)
 
 
 def test_a_teacher_without_a_node_is_named_with_the_remedy(config: Path) -> None:
