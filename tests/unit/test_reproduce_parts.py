@@ -10,7 +10,7 @@ from megatron_mopd.evaluation.results import EvalResult, Score
 from megatron_mopd.reproduce.config import MethodSpec
 from megatron_mopd.reproduce.cost import Cost, check_budget, node_cost, own_nodes
 from megatron_mopd.reproduce.graph import Node, in_order, with_inputs
-from megatron_mopd.reproduce.statistics import Estimate, student_t
+from megatron_mopd.reproduce.statistics import Estimate
 from megatron_mopd.reproduce.summary import Figures
 from megatron_mopd.reproduce.table import shown
 from megatron_mopd.yaml_config import ConfigError
@@ -78,11 +78,11 @@ def test_the_budget_counts_everything_but_base_and_teachers_once() -> None:
 
 
 def test_interval_of_five_seeds() -> None:
-    # s = sqrt(2.5 / 4) of 0, 1, 2, 3, 4 is sqrt(2.5); t(4) = 2.7764; half width 2.7764 x sqrt(2.5 / 5).
+    # s = sqrt(2.5 / 4) of 0, 1, 2, 3, 4 is sqrt(2.5); t(4) = 2.776445; half width 2.776445 x sqrt(2.5 / 5).
     estimate = Estimate.of({seed: float(seed) for seed in range(5)})
     assert estimate.mean == 2.0
-    assert estimate.interval == pytest.approx((2 - 1.963212, 2 + 1.963212), abs=1e-5)
-    assert estimate.half_width == pytest.approx(1.963212, abs=1e-5)
+    assert estimate.interval == pytest.approx((2 - 1.963243, 2 + 1.963243), abs=1e-5)
+    assert estimate.half_width == pytest.approx(1.963243, abs=1e-5)
 
 
 def test_one_seed_has_no_interval_and_nan_is_left_out() -> None:
@@ -92,16 +92,6 @@ def test_one_seed_has_no_interval_and_nan_is_left_out() -> None:
     assert partly.interval == pytest.approx((2 - 12.7062, 2 + 12.7062))
     assert partly.as_json()["per_seed"] == {"0": 1.0, "1": None, "2": 3.0}
     assert Estimate.of({0: math.nan}).as_json() == {"mean": None, "interval": None, "per_seed": {"0": None}}
-
-
-@pytest.mark.parametrize(("degrees", "value"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (30, 2.0423)])
-def test_student_t(degrees: int, value: float) -> None:
-    assert student_t(degrees) == value
-
-
-@pytest.mark.parametrize(("degrees", "value"), [(31, 2.03951), (40, 2.02108), (120, 1.97993), (10**9, 1.95996)])
-def test_student_t_beyond_the_table(degrees: int, value: float) -> None:
-    assert student_t(degrees) == pytest.approx(value, abs=1e-4)
 
 
 def result(**accuracy: float) -> EvalResult:
