@@ -190,6 +190,8 @@ def trial_methods(config: ReproduceConfig) -> dict[str, MethodSpec]:
     for name, listed in trials.items():
         for index, overrides in enumerate(listed, start=1):
             spec = config.methods[name]
+            if trial_name(name, index) in config.methods:
+                raise ConfigError(f"methods.{trial_name(name, index)}: is the name of a trial of {name}; rename it")
             methods[trial_name(name, index)] = replace(spec, overrides=(*spec.overrides, *overrides), before={})
     return methods
 
@@ -217,6 +219,8 @@ def _scaled(config: ReproduceConfig, evaluation: RunConfig) -> Iterator[tuple[tu
         for count in config.scaling.teachers:
             if count > len(domains):
                 raise ConfigError(f"scaling.teachers: {count} is more than the {len(domains)} domains")
+            if scaled_name(method, count) in config.methods:
+                raise ConfigError(f"methods.{scaled_name(method, count)}: is scaling's name for {method}; rename it")
             if count < len(domains):
                 yield (method, count), _first_domains(config, evaluation, method, count)
 
