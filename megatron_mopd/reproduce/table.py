@@ -52,7 +52,7 @@ def score_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _teacher_of_domain(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    owners = {}
+    owners: dict[str, Mapping[str, Any]] = {}
     for teacher in summary["teachers"].values():
         taught = teacher["domain"] or []
         owners |= dict.fromkeys([taught] if isinstance(taught, str) else taught, teacher)
