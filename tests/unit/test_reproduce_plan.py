@@ -265,6 +265,16 @@ def test_only_one_method(config: Path) -> None:
         (["methods.mopd.merge=x.yaml"], "methods.mopd: give exactly one of run, sample and merge"),
         (["methods.mopd.family=best"], "methods.mopd.family: expected one of merge, rl, off_policy, mopd"),
         (["methods.mopd.overrides=[stepz=3]"], "methods.mopd: .*mopd.yaml: unknown key 'stepz'. Did you mean 'steps'"),
+        (["overrides=[optim.lr=fast]"], "evaluation: .*mopd.yaml: optim.lr: expected float, got 'fast'"),
+        (
+            ["methods.mopd.overrides=[evaluation=3]"],
+            "methods.mopd: .*mopd.yaml: evaluation: expected a mapping of keys",
+        ),
+        (
+            ["teachers.a.overrides=[domains=3]"],
+            "teachers.a: .*teacher.yaml: domains: expected a mapping of keys, got 3",
+        ),
+        (["teachers.a.overrides=[domains.a=3]"], "teachers.a: .*teacher.yaml: domains: a: expected a mapping of keys"),
         (["methods.mopd.overrides=[steps=5]"], "methods.mopd: its files generate 40 rollouts, the budget is 32; "),
         (["methods.mopd.run=nowhere.yaml"], "methods.mopd: config file nowhere.yaml: No such file"),
         (["teachers.a.domains=[c]"], "teachers.a: domains: .*teacher.yaml has no domain 'c'; it has a, b"),
