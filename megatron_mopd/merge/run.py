@@ -48,7 +48,7 @@ def run_merge(
             check_room(plan)
         else:
             check_same(plan, found, settings(plan))  # before the weights are read
-        say(f"reading {len(plan.inputs)} checkpoints of {plan.num_bytes / 1e9:.2f} GB: NaN, and content hashes")
+        say(f"reading {len(plan.inputs)} checkpoints of {plan.num_bytes / 1e9:.2g} GB: NaN, and content hashes")
         record = settings(plan) | origins(plan, read_hashes(plan))
         if found is not None:
             check_same(plan, found, record)
@@ -138,7 +138,7 @@ def _write(plan: Plan, folder: Path, say: Say, max_shard_bytes: int, slice_value
             yield spec.name, pieces(spec.name, spec.dtype)
             before, done = done, done + spec.num_bytes
             if done * 10 // total > before * 10 // total:
-                say(f"merged {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+                say(f"merged {100 * done // total} % of {total / 1e9:.2g} GB")
 
     with ValueReader() as reader:
         write_model(folder, plan.specs, stream(), max_shard_bytes)

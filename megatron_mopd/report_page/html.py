@@ -32,8 +32,9 @@ figure { margin: 1.25rem 0 1.5rem; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption { font-size: .86rem; line-height: 1.4; color: #444; }
 figcaption { margin: .5rem 0 0; max-width: 46rem; }
-.scroll { overflow-x: auto; margin: 0 0 1.75rem; }
-table { border-collapse: collapse; font-size: .88rem; line-height: 1.3; font-variant-numeric: tabular-nums lining-nums;
+.scroll { overflow-x: auto; }
+table { margin: 0 0 1.75rem; border-collapse: collapse; font-size: .88rem; line-height: 1.3;
+  font-variant-numeric: tabular-nums lining-nums;
   border-top: 1.5px solid #222; border-bottom: 1.5px solid #222; }
 .caption { font-size: .86rem; line-height: 1.4; color: #444; margin: 1.5rem 0 .5rem; }
 th, td { padding: .28rem .7rem; text-align: right; white-space: nowrap; vertical-align: top; }
@@ -52,8 +53,9 @@ footer { margin-top: 3rem; color: #767676; font-size: .82rem; border-top: 1px so
   th, td { padding: .25rem .45rem; } }
 @media print { nav { display: none; } main { max-width: none; } figure, tr { break-inside: avoid; } }
 """
-_CSS_PER_INCH = 130
-"""Width at which a figure is shown: its text is then as large as the page's captions."""
+_CSS_PER_INCH, _CSS_LEAST = 130, 86
+"""Pixels at which an inch of a figure is shown: its text is then as large as the page's captions, and at the least
+still readable; a narrower screen scrolls."""
 
 
 def as_html(sources: Sources, sections: Sequence[Section], lead: str, described: str) -> str:
@@ -110,8 +112,8 @@ def _figure(drawing: Drawing) -> str:
     data = base64.b64encode(drawing.png).decode("ascii")
     return (
         f'<figure id="figure-{drawing.name}">\n'
-        f'<img src="data:image/png;base64,{data}" alt="{escape(drawing.alt)}" '
-        f'style="max-width: {drawing.inches * _CSS_PER_INCH:.0f}px">\n'
+        f'<div class="scroll"><img src="data:image/png;base64,{data}" alt="{escape(drawing.alt)}" style="max-width: '
+        f'{drawing.inches * _CSS_PER_INCH:.0f}px; min-width: {min(drawing.inches * _CSS_LEAST, 600):.0f}px"></div>\n'
         f"<figcaption>{_marked(drawing.caption)}</figcaption>\n</figure>"
     )
 

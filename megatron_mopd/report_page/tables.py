@@ -173,7 +173,8 @@ def _cell(estimate: Estimate | None, best: float | None, digits: int = 3) -> Cel
         return Cell(NONE)
     bounds = estimate.interval
     interval = f"[{_number(bounds[0], digits)}, {_number(bounds[1], digits)}]" if bounds else ""
-    return Cell(_number(estimate.mean, digits), interval, estimate.mean == best)
+    text = _number(estimate.mean, digits)
+    return Cell(text, interval, best is not None and text == _number(best, digits))  # what reads the same is the same
 
 
 def _published_cells(published: Published | None) -> list[Cell]:

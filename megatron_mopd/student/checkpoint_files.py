@@ -70,7 +70,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def unfinished(folder: Path) -> Path:
     """Where `folder` is put together before it appears under its own name."""
-    return folder.with_name(folder.name + UNFINISHED)
+    return Path(os.path.abspath(folder) + UNFINISHED)  # '.' has no name of its own
 
 
 def find_latest(run_dir: Path) -> Path | None:

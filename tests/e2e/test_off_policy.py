@@ -76,6 +76,8 @@ def test_the_dataset_does_not_depend_on_the_ranks_and_says_its_cost(
     assert read_compute(out).generated_tokens == summary["generated_tokens"]
     assert main(["sample", str(sampled / "sample.yaml"), "--out", str(out)]) == 2
     assert f"--out {out}: exists" in capfd.readouterr().err
+    assert main(["sample", str(sampled / "sample.yaml"), "--out", "/proc/answers.jsonl"]) == 2
+    assert "mopd: error: --out: /proc cannot be written (" in capfd.readouterr().err
 
 
 def test_random_teachers_have_no_correct_answer(

@@ -175,6 +175,7 @@ def test_a_tied_model_with_another_output_layer(folder: Path) -> None:
 
 
 def test_an_out_that_is_taken(folder: Path) -> None:
+    refused(config(out="."), r"out: \. exists and is not a merged model; name a new folder")
     refused(config(out="one"), "out: one exists and is not a merged model; name a new folder")
     (folder / "file").write_text("")
     refused(config(out="file"), "out: file exists and is not a merged model; name a new folder")
