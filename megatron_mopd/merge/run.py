@@ -20,7 +20,7 @@ from megatron_mopd.merge.methods import merge_tensor
 from megatron_mopd.merge.plan import Plan, make_plan, read_hashes
 from megatron_mopd.merge.record import RECORD, check_out, check_room, check_same, origins, settings
 from megatron_mopd.merge.slices import SLICE_VALUES, ValueReader, tensor_slices
-from megatron_mopd.student.checkpoint_files import unfinished
+from megatron_mopd.student.checkpoint_files import fsync, unfinished
 from megatron_mopd.student.hf_files import MAX_SHARD_BYTES, write_model
 from megatron_mopd.student.weight_stream import copy_side_files
 from megatron_mopd.yaml_config import ConfigError
@@ -159,14 +159,6 @@ def _publish(plan: Plan, folder: Path, record: dict[str, Any]) -> None:
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (folder / _LOCK).unlink()
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        fsync(path)
     os.replace(folder, plan.out)
-    _sync(plan.out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(plan.out.parent)
