@@ -104,7 +104,7 @@ def ingredients(node: Node, hashes: Mapping[str, str], digests: FileDigests) -> 
             continue
         file = Path(value).expanduser()
         if name in FILES and not file.is_file():
-            raise ConfigError(f"{node.name}: {path}: {value}: no such file")
+            raise ConfigError(f"{node.name}: {path}: {value}: no such file; make it, or name another one")
         for found in (file, file / "model") if name in FOLDERS else (file,):
             if found.exists():
                 files[str(found)] = digests.digest(found)
