@@ -44,69 +44,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--version", action="version", version=f"mopd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    run = _command(commands, "run CONFIG", _run, "train: one stage, one YAML file", cli_text.RUN, cli_text.RUN_EPILOG)
-    evaluate = _command(
-        commands, "eval CONFIG --checkpoint DIR", _evaluate, "accuracy per domain", cli_text.EVAL, cli_text.EVAL_EPILOG
-    )
-    export = _command(
-        commands,
-        "export CONFIG --checkpoint DIR --hf OUT",
-        _export,
-        "checkpoint -> Hugging Face folder",
-        cli_text.EXPORT,
-        cli_text.EXPORT_EPILOG,
-    )
-    sample = _command(
-        commands,
-        "sample CONFIG --out FILE",
-        _sample,
-        "the teachers' answers -> dataset",
-        cli_text.SAMPLE,
-        cli_text.SAMPLE_EPILOG,
-    )
-    demo = _command(
-        commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
-    )
-    merge = _command(
-        commands, "merge CONFIG", _merge, "several checkpoints -> one model", cli_text.MERGE, cli_text.MERGE_EPILOG
-    )
-    merge.add_argument("config", metavar="CONFIG", help="YAML file of the merge")
-    compare = _command(
-        commands,
-        "reproduce CONFIG",
-        _reproduce,
-        "compare methods over seeds",
-        cli_text.REPRODUCE,
-        cli_text.REPRODUCE_EPILOG,
-    )
-    _add_reproduce_options(compare)
-    report = _command(
-        commands, "report RUN...", _report, "tables and figures of runs", cli_text.REPORT, cli_text.REPORT_EPILOG
-    )
-    report.usage = "mopd report RUN... [--out DIR]"
-    report.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, a demo or a reproduction")
-    report.add_argument("--out", metavar="DIR", help="folder to write; default: report in the first RUN")
-    benchmark = _command(
-        commands,
-        "benchmark NAME --from FILE --out FILE",
-        _benchmark,
-        "a benchmark's questions -> prompt file",
-        cli_text.BENCHMARK,
-        cli_text.BENCHMARK_EPILOG,
-    )
-    benchmark.add_argument("name", metavar="NAME", help="aime25, aime26, ifeval, ifbench or swe_bench_verified")
-    benchmark.add_argument("--from", metavar="FILE", dest="origin", required=True, help="or hub:OWNER/NAME:SPLIT")
-    benchmark.add_argument("--out", metavar="FILE", required=True, help="JSONL file to write; must not exist")
-    for command in (run, evaluate, export, sample):
-        command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    for command in (evaluate, export):
-        command.add_argument("--checkpoint", metavar="DIR", required=True, help="of this program, or Hugging Face")
-    export.add_argument("--hf", metavar="OUT", required=True, help="folder to write; must not exist or be empty")
-    evaluate.add_argument("--split", choices=get_args(Split), default="held_out", help="default: %(default)s")
-    sample.add_argument("--out", metavar="FILE", required=True, help="dataset to write; must not exist")
-    sample.add_argument("--keep", choices=("all", "correct"), default="all", help="default: %(default)s")
-    demo.add_argument("--config-dir", metavar="DIR", default="configs/tiny", help="default: %(default)s")
-    demo.add_argument("--run-dir", metavar="DIR", default="runs/demo", help="default: %(default)s")
+    _add_run_commands(commands)
+    _add_model_commands(commands)
+    _add_study_commands(commands)
     # key=value may stand anywhere, also after options, where argparse would not take a list of positionals.
     arguments, overrides = parser.parse_known_args(argv)
     unknown = [item for item in overrides if item.startswith("-")]
@@ -115,13 +55,98 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return arguments, overrides
 
 
-def _add_reproduce_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="YAML file of the comparison")
-    command.add_argument("--seeds", metavar="N", type=int, help="the first N seeds of the file; default: all")
-    command.add_argument("--only", metavar="METHOD", help="this method and what it needs")
-    command.add_argument("--dry-run", action="store_true", help="print the nodes and their cost; make none")
-    command.add_argument("--prune", action="store_true", help="delete results that the file no longer leads to")
-    command.add_argument("--tune", action="store_true", help="run the trials of `tune`, on the validation split")
+def _add_run_commands(commands: Any) -> None:
+    """The commands that take a run's file."""
+    _command(commands, "run CONFIG", _run, "train: one stage, one YAML file", cli_text.RUN, cli_text.RUN_EPILOG)
+    sample = _command(
+        commands,
+        "sample CONFIG --out FILE",
+        _sample,
+        "store the teachers' answers, to learn from off-policy",
+        cli_text.SAMPLE,
+        cli_text.SAMPLE_EPILOG,
+    )
+    sample.add_argument("--out", metavar="FILE", required=True, help="dataset to write; must not exist")
+    sample.add_argument("--keep", choices=("all", "correct"), default="all", help="default: %(default)s")
+    evaluate = _command(
+        commands,
+        "eval CONFIG --checkpoint DIR",
+        _evaluate,
+        "measure a checkpoint: accuracies, perplexity",
+        cli_text.EVAL,
+        cli_text.EVAL_EPILOG,
+    )
+    evaluate.add_argument("--split", choices=get_args(Split), default="held_out", help="default: %(default)s")
+    export = _command(
+        commands,
+        "export CONFIG --checkpoint DIR --hf OUT",
+        _export,
+        "write a checkpoint as a Hugging Face folder",
+        cli_text.EXPORT,
+        cli_text.EXPORT_EPILOG,
+    )
+    export.add_argument("--hf", metavar="OUT", required=True, help="folder to write; must not exist or be empty")
+    for command in (evaluate, export):
+        command.add_argument("--checkpoint", metavar="DIR", required=True, help="of this program, or Hugging Face")
+    for command in commands.choices.values():
+        command.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+
+
+def _add_model_commands(commands: Any) -> None:
+    merge = _command(
+        commands,
+        "merge CONFIG",
+        _merge,
+        "merge the weights of several checkpoints into one model",
+        cli_text.MERGE,
+        cli_text.MERGE_EPILOG,
+    )
+    merge.add_argument("config", metavar="CONFIG", help="YAML file of the merge")
+    benchmark = _command(
+        commands,
+        "benchmark NAME --from FILE --out FILE",
+        _benchmark,
+        "AIME, IFEval, IFBench or SWE-bench as prompts for eval",
+        cli_text.BENCHMARK,
+        cli_text.BENCHMARK_EPILOG,
+        takes_values=False,
+    )
+    benchmark.add_argument("name", metavar="NAME", help="aime25, aime26, ifeval, ifbench or swe_bench_verified")
+    benchmark.add_argument("--from", metavar="FILE", dest="origin", required=True, help="or hub:OWNER/NAME:SPLIT")
+    benchmark.add_argument("--out", metavar="FILE", required=True, help="JSONL file to write; must not exist")
+
+
+def _add_study_commands(commands: Any) -> None:
+    demo = _command(
+        commands, "demo", _demo, "all of it, small, on this machine's cores", cli_text.DEMO, cli_text.DEMO_EPILOG
+    )
+    demo.add_argument("--config-dir", metavar="DIR", default="configs/tiny", help="default: %(default)s")
+    demo.add_argument("--run-dir", metavar="DIR", default="runs/demo", help="default: %(default)s")
+    compare = _command(
+        commands,
+        "reproduce CONFIG",
+        _reproduce,
+        "compare methods over seeds, all from one base",
+        cli_text.REPRODUCE,
+        cli_text.REPRODUCE_EPILOG,
+    )
+    compare.add_argument("config", metavar="CONFIG", help="YAML file of the comparison")
+    compare.add_argument("--seeds", metavar="N", type=int, help="the first N seeds of the file; default: all")
+    compare.add_argument("--only", metavar="METHOD", help="this method and what it needs")
+    compare.add_argument("--dry-run", action="store_true", help="print the nodes and their cost; make none")
+    compare.add_argument("--prune", action="store_true", help="delete results that the file no longer leads to")
+    compare.add_argument("--tune", action="store_true", help="run the trials of `tune`, on the validation split")
+    report = _command(
+        commands,
+        "report RUN...",
+        _report,
+        "tables and figures of runs, as one page",
+        cli_text.REPORT,
+        cli_text.REPORT_EPILOG,
+        takes_values=False,
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, a demo or a reproduction")
+    report.add_argument("--out", metavar="DIR", help="folder to write; default: report in the first RUN")
 
 
 def _command(
@@ -131,10 +156,13 @@ def _command(
     summary: str,
     description: str,
     epilog: str,
+    *,
+    takes_values: bool = True,
 ) -> argparse.ArgumentParser:
+    """takes_values: whether `key.path=value` may follow."""
     parser: argparse.ArgumentParser = commands.add_parser(
         usage.split()[0],
-        usage=f"mopd {usage} [options] [key.path=value ...]",
+        usage=f"mopd {usage} [options]" + (" [key.path=value ...]" if takes_values else ""),
         help=summary,
         description=description,
         epilog=epilog,

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mopd.config import RunConfig
 from megatron_mopd.hub import resolve_folder
 from megatron_mopd.student.architecture import read_architecture
+from megatron_mopd.student.checkpoint_files import unfinished
 from megatron_mopd.student.weights import check_hf
 from megatron_mopd.yaml_config import ConfigError
 
@@ -27,7 +28,7 @@ def export(config: RunConfig, checkpoint: str, out: Path) -> None:
         raise ConfigError(f"--checkpoint {checkpoint}: another architecture than model {config.model.source}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--hf {out}: exists and is not an empty folder; name a new one")
-    partial = out.with_name(out.name + ".tmp")
+    partial = unfinished(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(source, partial)

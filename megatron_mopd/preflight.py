@@ -86,7 +86,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_weights(inputs)
     _check_lengths(config, inputs.arch)
     _check_data(config, inputs.arch, inputs.tokenizer, dataset=inputs.dataset)
-    _check_run_folder(config)
+    check_writable(Path(config.run_dir), "run_dir")
 
 
 def check_evaluation(config: RunConfig, checkpoint: str, world_size: int, split: Split) -> None:
@@ -187,12 +187,12 @@ def _places(config: RunConfig) -> dict[str, DomainSpec]:
     return {f"{group}.{name}": spec for group, specs in groups.items() for name, spec in specs.items()}
 
 
-def _check_run_folder(config: RunConfig) -> None:
-    folder = Path(config.run_dir)
+def check_writable(folder: Path, key: str) -> None:
+    """Raise ConfigError, which names `key`, where nothing can be written into `folder`, or it cannot be made."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass  # asking for the permission is not enough: root has it everywhere, also in /proc
     except OSError as error:
         reason = f"{existing}: {error.strerror}"
-        raise ConfigError(f"run_dir: {folder} cannot be written ({reason}); choose another folder") from None
+        raise ConfigError(f"{key}: {folder} cannot be written ({reason}); choose another folder") from None

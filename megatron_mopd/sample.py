@@ -14,7 +14,7 @@ from megatron_mopd.domains.dataset import Cost, DatasetWriter, StoredAnswer, ori
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.domains.verifiers import FULL_SCORE
 from megatron_mopd.parallel.runtime import World, start_world, stop_world
-from megatron_mopd.preflight import Inputs, resolve_inputs
+from megatron_mopd.preflight import Inputs, check_writable, resolve_inputs
 from megatron_mopd.progress import Progress
 from megatron_mopd.rollout.collect import Collector
 from megatron_mopd.rollout.load import load_engine
@@ -39,6 +39,7 @@ def check_sampling(config: RunConfig, out: Path, keep: Keep) -> None:
         raise ConfigError("steps: 0 steps have no prompts; steps x prompts_per_step prompts are sampled")
     if out.exists():
         raise ConfigError(f"--out {out}: exists; delete it, or name another file")
+    check_writable(out.parent, "--out")
     for name, domain in config.domains.items():
         if keep == "correct" and domain.verifier == "none":
             raise ConfigError(f"domains.{name}.verifier: 'none' cannot tell correct answers; use --keep all")
@@ -62,6 +63,8 @@ def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
     with writing(Path(out), origin_of(inputs.tokenizer, weights, keep)) as writer:
         cost = _write(answers, writer, keep)
         for name in config.domains:
+            if name not in cost.sampled:
+                raise ConfigError(f"domains.{name}: has no prompt in so few steps; raise steps or prompts_per_step")
             if cost.left_out[name] == cost.sampled[name]:
                 raise ConfigError(f"domains.{name}: none of {cost.sampled[name]} answers is correct; use --keep all")
         writer.finish(cost)

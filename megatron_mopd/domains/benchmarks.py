@@ -132,6 +132,9 @@ def _ifbench(row: Row, where: str) -> dict[str, Any]:
     kinds, arguments = row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(kinds, list) or not isinstance(arguments, list) or not len(kinds) == len(arguments) > 0:
         raise ConfigError(f'{where}: "instruction_id_list" and "kwargs" must be lists of one length, at least 1')
+    for entry in arguments:
+        if entry is not None and not isinstance(entry, dict):
+            raise ConfigError(f'{where}: "kwargs" must hold mappings, one per instruction, got {entry!r}')
     # The published files pad kwargs with null, parquet with every name that any row uses.
     given = [{name: value for name, value in (entry or {}).items() if value is not None} for entry in arguments]
     return {"prompt": prompt, "instruction_id_list": list(kinds), "kwargs": given}

@@ -152,7 +152,8 @@ def _distinct(
     wanted = source.size or count
     found: dict[str, tuple[int, Item]] = {}
     index = repeated = 0
-    while len(found) < wanted and repeated < PATIENCE and index < (source.size or index + 1):
+    patience = source.size or PATIENCE  # a file is read to its end, however often it repeats itself
+    while len(found) < wanted and repeated < patience and index < (source.size or index + 1):
         item = source.item(index)
         key = question_hash(item, tokenizer)
         if key in found or key in excluded:

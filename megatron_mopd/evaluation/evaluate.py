@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_mopd.config import BenchmarkSpec, DomainSpec, RunConfig, Split
 from megatron_mopd.domains.mixer import DomainMixer
@@ -19,10 +17,8 @@ from megatron_mopd.hub import resolve_folder
 from megatron_mopd.parallel.runtime import World, start_world, stop_world
 from megatron_mopd.rollout.collect import Collector
 from megatron_mopd.rollout.engine import Sampling
-from megatron_mopd.rollout.in_process import InProcessEngine
-from megatron_mopd.student.architecture import Architecture, read_architecture
-from megatron_mopd.student.hf_files import TensorReader, read_headers
-from megatron_mopd.student.weight_table import model_tensors
+from megatron_mopd.rollout.load import load_engine
+from megatron_mopd.student.architecture import read_architecture
 from megatron_mopd.tokenizer import Tokenizer
 
 
@@ -95,14 +91,7 @@ def _evaluate_folder(config: RunConfig, folder: Path, world: World, split: Split
     perplexity = None
     if config.evaluation.perplexity is not None:
         perplexity = checkpoint_perplexity(Path(config.evaluation.perplexity), config, arch, folder, tokenizer, world)
-    engine = InProcessEngine(
-        arch,
-        stop_ids=tokenizer.stop_ids,
-        dtype=getattr(torch, config.model.dtype),
-        device=world.device,
-        batch_size=config.rollout.batch_size,
-    )
-    engine.load_weights(_tensors(arch, folder), version=0)
+    engine = load_engine(config, arch, tokenizer, world.device, folder)
     mixer = DomainMixer(config, tokenizer)
     collector = Collector(config, mixer, engine, tokenizer, world)
     return EvalResult(
@@ -113,9 +102,3 @@ def _evaluate_folder(config: RunConfig, folder: Path, world: World, split: Split
         out_of_domain=evaluate_benchmarks(config, mixer, collector, "out_of_domain", seed),
         benchmarks=evaluate_benchmarks(config, mixer, collector, "benchmarks", seed),
     )
-
-
-def _tensors(arch: Architecture, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    with TensorReader(read_headers(folder)) as reader:
-        for tensor in model_tensors(arch):
-            yield tensor.name, reader[tensor.name][:]

@@ -3,7 +3,8 @@
     python -m megatron_mopd.merge.bench --gb 8 --method ties [--models 2] [--folder DIR]
 
 The memory is what the merge adds to the process: the highest resident set during it, pages of mapped files included,
-less the resident set before it. The folder needs room for the base, the models and the result.
+less the resident set before it. Of several methods, the later ones may find memory that the first one added: give
+one to be sure. The folder needs room for the base, the models and the result.
 """
 
 from __future__ import annotations
@@ -112,9 +113,10 @@ def _status(key: str) -> int:
 
 
 def write_synthetic(folder: Path, gb: float, seed: int) -> int:
-    """A bf16 Qwen3-MoE of Qwen3-30B-A3B's widths and vocabulary, of about `gb` GB; returns its bytes.
+    """A bf16 Qwen3-MoE with the widths and the vocabulary of Qwen3-30B-A3B, at least `gb` GB; returns its bytes.
 
-    All models of a seed family are the base, seed 0, plus small noise, so that half of the elements do not change.
+    Seed 0 is the base. The others are the base plus noise of a few bf16 steps, as RL leaves it: many elements do
+    not change at all, and many changes are equal. Below 2.6 GB the widths are smaller.
     """
     folder.mkdir()
     for file in _TOKENIZER.iterdir():
@@ -130,7 +132,7 @@ def write_synthetic(folder: Path, gb: float, seed: int) -> int:
 
 
 def _shape(gb: float) -> dict[str, object]:
-    """Layers of 128 experts cost 1.25 GB; what is left of the size goes into the vocabulary."""
+    """Keys of config.json: a layer of 128 experts has 1.25 GB, embedding and output layer together as well."""
     hidden, expert, vocabulary, layer = 2048, 768, 151936, 1.25
     layers = max(1, math.ceil((gb - 1.25) / layer))
     experts = 128

@@ -8,18 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_mopd.yaml_config import ConfigError, apply_overrides, build, load_yaml, read_text
+from megatron_mopd.yaml_config import ConfigError, apply_overrides, build, load_yaml, read_text, require
 
 Method = Literal["average", "task_arithmetic", "ties", "dare", "dare_ties", "sce"]
 RANDOM = ("dare", "dare_ties")
 """Methods that drop parameters at random."""
 _DENSITY = {"ties": 0.2, "sce": 0.1}
 """Published values: TIES keeps the top 20 % (arXiv 2306.01708), FuseChat selects the top 10 %. DARE states none."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +39,11 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         least = 2 if self.method in ("average", "sce") else 1
-        _require(
+        require(
             len(self.models) >= least,
             f"models: {len(self.models)} given, method '{self.method}' needs at least {least}; name the checkpoints",
         )
-        _require(
+        require(
             self.method == "average" or self.base is not None,
             f"base: missing; method '{self.method}' needs the checkpoint that the models were trained from",
         )
@@ -58,17 +53,17 @@ class MergeConfig:
 
     def _check_density(self) -> None:
         if self.method in ("average", "task_arithmetic"):
-            _require(self.density is None, f"density: method '{self.method}' keeps every element; remove it")
+            require(self.density is None, f"density: method '{self.method}' keeps every element; remove it")
         elif self.density is None:
-            _require(self.method in _DENSITY, f"density: missing; method '{self.method}' needs the share to keep")
+            require(self.method in _DENSITY, f"density: missing; method '{self.method}' needs the share to keep")
         else:
-            _require(0 < self.density <= 1, f"density: must be in (0, 1], got {self.density}")
+            require(0 < self.density <= 1, f"density: must be in (0, 1], got {self.density}")
 
     def _check_scaling(self) -> None:
         if self.method == "average":
-            _require(self.scaling is None, "scaling: method 'average' has no task vector to scale; remove it")
+            require(self.scaling is None, "scaling: method 'average' has no task vector to scale; remove it")
         elif self.scaling is not None:
-            _require(
+            require(
                 math.isfinite(self.scaling) and self.scaling > 0,
                 f"scaling: must be a number > 0, got {self.scaling}; 0 would give back the base",
             )
@@ -76,13 +71,13 @@ class MergeConfig:
     def _check_weights(self) -> None:
         if self.weights is None:
             return
-        _require(self.method != "sce", "weights: method 'sce' calculates its own; remove them")
+        require(self.method != "sce", "weights: method 'sce' calculates its own; remove them")
         for name in self.weights:
-            _require(name in self.models, f"weights.{name}: is not in models ({', '.join(self.models)})")
+            require(name in self.models, f"weights.{name}: is not in models ({', '.join(self.models)})")
         for name in self.models:
-            _require(name in self.weights, f"weights.{name}: missing; give every model a weight, or none")
+            require(name in self.weights, f"weights.{name}: missing; give every model a weight, or none")
         for name, weight in self.weights.items():
-            _require(
+            require(
                 math.isfinite(weight) and weight > 0,
                 f"weights.{name}: must be a number > 0, got {weight}; remove the model to leave it out",
             )

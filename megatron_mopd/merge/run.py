@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +18,8 @@ from megatron_mopd.merge.methods import merge_tensor
 from megatron_mopd.merge.plan import Plan, make_plan, read_hashes
 from megatron_mopd.merge.record import RECORD, check_out, check_room, check_same, origins, settings
 from megatron_mopd.merge.slices import SLICE_VALUES, ValueReader, tensor_slices
-from megatron_mopd.student.checkpoint_files import unfinished
+from megatron_mopd.run_lock import take_lock
+from megatron_mopd.student.checkpoint_files import fsync, unfinished
 from megatron_mopd.student.hf_files import MAX_SHARD_BYTES, write_model
 from megatron_mopd.student.weight_stream import copy_side_files
 from megatron_mopd.yaml_config import ConfigError
@@ -48,7 +47,7 @@ def run_merge(
             check_room(plan)
         else:
             check_same(plan, found, settings(plan))  # before the weights are read
-        say(f"reading {len(plan.inputs)} checkpoints of {plan.num_bytes / 1e9:.2f} GB: NaN, and content hashes")
+        say(f"reading {len(plan.inputs)} checkpoints of {plan.num_bytes / 1e9:.2g} GB: NaN, and content hashes")
         record = settings(plan) | origins(plan, read_hashes(plan))
         if found is not None:
             check_same(plan, found, record)
@@ -67,6 +66,9 @@ def run_merge(
 def _locked(out: Path) -> Iterator[Path]:
     """The folder in which `out` is put together, empty, for this process alone; gone at the end if not published."""
     folder = unfinished(out)
+    ours = any((folder / name).is_file() for name in (_LOCK, RECORD))
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"out: {folder} is in the way and not of a merge; move it away, or name another out")
     lock = _lock(folder, out)
     try:
         for child in folder.iterdir():
@@ -92,22 +94,8 @@ def _lock(folder: Path, out: Path) -> TextIO:
             continue  # the merge that held the folder finished this moment
         except OSError as error:
             raise ConfigError(f"out: {folder} cannot be written: {error.strerror}; choose another folder") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "an unknown process"
-            file.close()
-            raise ConfigError(
-                f"out: {out} is being merged by {holder}; wait for it, or choose another folder"
-            ) from None
-        except OSError as error:
-            file.close()
-            raise ConfigError(f"out: {folder} cannot be locked: {error.strerror}; use another file system") from None
+        take_lock(file, f"out: {out}", "is being merged by")
         if _is_at(file, folder / _LOCK):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
             return file
         file.close()  # locked the file of a merge that has just finished
 
@@ -138,7 +126,7 @@ def _write(plan: Plan, folder: Path, say: Say, max_shard_bytes: int, slice_value
             yield spec.name, pieces(spec.name, spec.dtype)
             before, done = done, done + spec.num_bytes
             if done * 10 // total > before * 10 // total:
-                say(f"merged {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+                say(f"merged {100 * done // total} % of {total / 1e9:.2g} GB")
 
     with ValueReader() as reader:
         write_model(folder, plan.specs, stream(), max_shard_bytes)
@@ -159,14 +147,6 @@ def _publish(plan: Plan, folder: Path, record: dict[str, Any]) -> None:
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (folder / _LOCK).unlink()
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        fsync(path)
     os.replace(folder, plan.out)
-    _sync(plan.out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(plan.out.parent)

@@ -13,7 +13,7 @@ from rich.table import Table
 from megatron_mopd.config import RunConfig
 from megatron_mopd.environment import joined_world
 from megatron_mopd.reproduce.config import BASE, TEACHERS, MethodSpec, ReproduceConfig, load_reproduce_config
-from megatron_mopd.reproduce.cost import budget_line, check_budget
+from megatron_mopd.reproduce.cost import budget_line, check_budget, drawing_more
 from megatron_mopd.reproduce.dry_run import cost_table
 from megatron_mopd.reproduce.execute import execute
 from megatron_mopd.reproduce.graph import Node, with_inputs
@@ -76,7 +76,8 @@ def reproduce(path: str, overrides: Sequence[str], options: Options) -> int:
     plan = make_plan(config, options)
     run_dir = Path(config.run_dir)
     stored = place(list(plan.nodes.values()), run_dir)
-    _say(budget_line({name: config.rollouts(name) for name in config.methods}, config.budget.rollouts))
+    more = drawing_more(plan.nodes, config.methods, plan.seeds[0])
+    _say(budget_line({name: config.rollouts(name) for name in config.methods}, config.budget.rollouts, more))
     if options.dry_run:
         _say_changes(plan, stored)
         _show(cost_table(plan.nodes, stored, plan.wanted))

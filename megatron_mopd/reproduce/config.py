@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_mopd.yaml_config import ConfigError, apply_overrides, build, load_yaml, read_text
+from megatron_mopd.yaml_config import ConfigError, apply_overrides, build, load_yaml, read_text, require
 
 Family = Literal["merge", "rl", "off_policy", "mopd"]
 BASE, TEACHERS = "base", "teachers"
@@ -17,14 +17,9 @@ RESERVED = (BASE, TEACHERS)
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 def _check_names(names: Mapping[str, object], key: str) -> None:
     for name in names:
-        _require(
+        require(
             _NAME.fullmatch(name) is not None,
             f"{key}.{name}: names folders; use letters, digits and underscores only",
         )
@@ -58,10 +53,10 @@ class NodeSpec:
 
     def __post_init__(self) -> None:
         given = [name for name in ("run", "sample", "merge") if getattr(self, name) is not None]
-        _require(len(given) == 1, "give exactly one of run, sample and merge (the file of that command)")
-        _require(self.run is not None or self.dataset is None, "dataset: only a run reads one; remove it")
-        _require(self.sample is not None or self.keep == "all", "keep: only for `sample`; remove it")
-        _require(self.merge is None or self.domains is None, "domains: a merge has none; choose its teachers instead")
+        require(len(given) == 1, "give exactly one of run, sample and merge (the file of that command)")
+        require(self.run is not None or self.dataset is None, "dataset: only a run reads one; remove it")
+        require(self.sample is not None or self.keep == "all", "keep: only for `sample`; remove it")
+        require(self.merge is None or self.domains is None, "domains: a merge has none; choose its teachers instead")
 
     @property
     def file(self) -> str:
@@ -82,9 +77,9 @@ class MethodSpec(NodeSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.sample is None, "sample: makes a dataset and no model; put it into `before`")
+        require(self.sample is None, "sample: makes a dataset and no model; put it into `before`")
         _check_names(self.before, "before")
-        _require("eval" not in self.before, "before.eval: is the name of the evaluation's own node; choose another")
+        require("eval" not in self.before, "before.eval: is the name of the evaluation's own node; choose another")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +97,7 @@ class BudgetSpec:
     """That every method generates, unless it says otherwise."""
 
     def __post_init__(self) -> None:
-        _require(self.rollouts > 0, "rollouts: must be > 0")
+        require(self.rollouts > 0, "rollouts: must be > 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +111,9 @@ class TuneSpec:
     def __post_init__(self) -> None:
         counts = {method: len(trials) for method, trials in self.trials.items()}
         for method, count in counts.items():
-            _require(count > 0, f"trials.{method}: is empty; remove the method, or list its trials")
+            require(count > 0, f"trials.{method}: is empty; remove the method, or list its trials")
             first = next(iter(counts))
-            _require(
+            require(
                 count == counts[first],
                 f"trials.{method}: {count} trials, but {first} has {counts[first]}; give every method as many",
             )
@@ -132,11 +127,11 @@ class ScalingSpec:
     methods: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        _require(bool(self.teachers) and bool(self.methods), "teachers, methods: name at least one of each")
+        require(bool(self.teachers) and bool(self.methods), "teachers, methods: name at least one of each")
         for count in self.teachers:
-            _require(count >= 1, f"teachers: must be >= 1, got {count}")
-        _require(len(set(self.teachers)) == len(self.teachers), "teachers: a number is listed twice; keep one")
-        _require(len(set(self.methods)) == len(self.methods), "methods: a method is listed twice; keep one")
+            require(count >= 1, f"teachers: must be >= 1, got {count}")
+        require(len(set(self.teachers)) == len(self.teachers), "teachers: a number is listed twice; keep one")
+        require(len(set(self.methods)) == len(self.methods), "methods: a method is listed twice; keep one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,30 +152,30 @@ class ReproduceConfig:
     scaling: ScalingSpec | None = None
 
     def __post_init__(self) -> None:
-        _require(bool(self.seeds), "seeds: is empty; list at least one")
+        require(bool(self.seeds), "seeds: is empty; list at least one")
         for seed in self.seeds:
-            _require(self.seeds.count(seed) == 1, f"seeds: {seed} is listed twice; its runs would be the same runs")
-            _require(seed >= 0, f"seeds: must be >= 0, got {seed}")
-        _require(self.workers >= 1, "workers: must be >= 1")
-        _require(bool(self.methods), "methods: is empty; name at least one")
-        _require(self.base.run is not None, "base.run: missing; the base is made by `mopd run`")
+            require(self.seeds.count(seed) == 1, f"seeds: {seed} is listed twice; its runs would be the same runs")
+            require(seed >= 0, f"seeds: must be >= 0, got {seed}")
+        require(self.workers >= 1, "workers: must be >= 1")
+        require(bool(self.methods), "methods: is empty; name at least one")
+        require(self.base.run is not None, "base.run: missing; the base is made by `mopd run`")
         for name, teacher in self.teachers.items():
-            _require(teacher.run is not None, f"teachers.{name}.run: missing; a teacher is made by `mopd run`")
+            require(teacher.run is not None, f"teachers.{name}.run: missing; a teacher is made by `mopd run`")
         _check_names(self.teachers, TEACHERS)
         _check_names(self.methods, "methods")
         for name in self.methods:
-            _require(name not in RESERVED, f"methods.{name}: is the name of something else here; choose another")
+            require(name not in RESERVED, f"methods.{name}: is the name of something else here; choose another")
         self._check_references()
 
     def _check_references(self) -> None:
         known = ", ".join(self.methods)
         if self.tune is not None:
-            _require(self.tune.seed not in self.seeds, f"tune.seed: {self.tune.seed} is one of seeds; choose another")
+            require(self.tune.seed not in self.seeds, f"tune.seed: {self.tune.seed} is one of seeds; choose another")
             for name in self.tune.trials:
-                _require(name in self.methods, f"tune.trials.{name}: no such method; known: {known}")
+                require(name in self.methods, f"tune.trials.{name}: no such method; known: {known}")
         if self.scaling is not None:
             for name in self.scaling.methods:
-                _require(name in self.methods, f"scaling.methods: no method '{name}'; known: {known}")
+                require(name in self.methods, f"scaling.methods: no method '{name}'; known: {known}")
 
     def label(self, method: str) -> str:
         return self.methods[method].label or method

@@ -65,12 +65,22 @@ def total_rollouts(nodes: Mapping[str, Node], names: Collection[str]) -> int:
     return sum(node_cost(nodes[name]).rollouts for name in names)
 
 
-def budget_line(rollouts: Mapping[str, int], budget: int) -> str:
-    """What `check_budget` has found to hold, in words."""
+def drawing_more(nodes: Mapping[str, Node], methods: Collection[str], seed: int) -> list[str]:
+    """Methods with `objective.dynamic_sampling` in one of their runs: what they generate is known afterwards only."""
+    return [
+        method
+        for method in methods
+        if any(nodes[name].tree.get("objective", {}).get("dynamic_sampling") for name in own_nodes(nodes, method, seed))
+    ]
+
+
+def budget_line(rollouts: Mapping[str, int], budget: int, more: Collection[str] = ()) -> str:
+    """What `check_budget` has found to hold, in words. more: see `drawing_more`."""
     same = [name for name, count in rollouts.items() if count == budget]
     others = [f"{name} {count:,}" for name, count in rollouts.items() if count not in (0, budget)]
     none = [name for name, count in rollouts.items() if count == 0]
     parts = [f"{budget:,} rollouts each: {', '.join(same) or 'no method'}"]
     parts += [f"otherwise: {', '.join(others)}"] if others else []
     parts += [f"none: {', '.join(none)}"] if none else []
+    parts += [f"at least, as dynamic sampling draws more: {', '.join(more)}"] if more else []
     return f"budget, checked: {'; '.join(parts)}"

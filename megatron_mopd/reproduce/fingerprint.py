@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class FileDigests:
     def __init__(self, path: Path):
         self._path = path
         self._known: dict[str, list[Any]] = {}
-        if path.exists():
+        with suppress(OSError, ValueError):  # not there, or damaged: every file is read again
             self._known = json.loads(path.read_text(encoding="utf-8"))
         self._session: dict[str, str] = {}
 
@@ -103,7 +104,7 @@ def ingredients(node: Node, hashes: Mapping[str, str], digests: FileDigests) -> 
             continue
         file = Path(value).expanduser()
         if name in FILES and not file.is_file():
-            raise ConfigError(f"{node.name}: {path}: {value}: no such file")
+            raise ConfigError(f"{node.name}: {path}: {value}: no such file; make it, or name another one")
         for found in (file, file / "model") if name in FOLDERS else (file,):
             if found.exists():
                 files[str(found)] = digests.digest(found)
@@ -124,10 +125,19 @@ def _what_matters(node: Node) -> dict[str, Any]:
     else:
         config = _without_defaults(build(RunConfig, node.tree))
     if node.kind != "eval":
-        return {key: value for key, value in config.items() if key not in IGNORED}
+        return {key: value for key, value in config.items() if key not in IGNORED} | _orders(config)
     evaluation = {key: value for key, value in config.get("evaluation", {}).items() if key != "every"}
     kept = {key: value for key, value in config.items() if key in EVALUATED}
     return kept | {"evaluation": evaluation, "model": {"dtype": node.tree["model"]["dtype"]}}
+
+
+def _orders(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The order of the domains (a cascade's turns), teachers and models, which the hash's sorted keys do not show.
+
+    Named only where it is not the alphabet's.
+    """
+    names = {key: list(config.get(key, {})) for key in ("domains", "teachers", "models")}
+    return {f"order_of_{key}": found for key, found in names.items() if found != sorted(found)}
 
 
 def _without_defaults(value: Any) -> Any:
@@ -159,8 +169,11 @@ def changes(before: Mapping[str, Any], now: Ingredients, node: Node) -> list[str
     found = []
     for path, value in now.files.items():
         known = before["files"].get(path)
-        if known is not None and known != value:
+        if known is None:
+            found.append(f"{path} is read now")
+        elif known != value:
             found.append(f"the content of {path} has changed")
+    found += [f"{path} is not read any more" for path in before["files"] if path not in now.files]
     old, new = dict(_leaves(before["config"], "")), dict(_leaves(now.config, ""))
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key):

@@ -19,11 +19,13 @@ def load_evaluation(config: ReproduceConfig) -> RunConfig:
     run = _load_run(spec.config, [*config.overrides, *spec.overrides], "evaluation")
     for name, domain in run.domains.items():
         if domain.teacher is None:
-            raise ConfigError(f"evaluation.config {spec.config}: domains.{name}.teacher: missing; 1 is its score")
+            raise ConfigError(
+                f"evaluation.config {spec.config}: domains.{name}.teacher: missing; scores are shares of its lead"
+            )
         if domain.teacher not in config.teachers:
             known = ", ".join(config.teachers) or "none"
             raise ConfigError(
-                f"evaluation.config {spec.config}: teacher '{domain.teacher}' is not in teachers ({known})"
+                f"evaluation.config {spec.config}: teacher '{domain.teacher}' is not in teachers ({known}); add it"
             )
     return run
 
@@ -100,10 +102,7 @@ def _node(reference: str, spec: NodeSpec, config: ReproduceConfig, evaluation: R
         overrides += ["rollout.engine=in_process", "rollout.dataset=null"]
     elif spec.dataset is not None:
         overrides += ["rollout.dataset=node"]
-    try:
-        run = _load_run(spec.file, overrides, key, spec, evaluation)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
+    run = _load_run(spec.file, overrides, key, spec, evaluation)
     inputs = {}
     if reference != BASE or spec.start is not None:
         inputs["model.checkpoint"] = spec.start or BASE
@@ -139,27 +138,39 @@ def _load_run(
     spec: NodeSpec | None = None,
     evaluation: RunConfig | None = None,
 ) -> RunConfig:
-    tree = apply_overrides(load_yaml(read_text(path, "config file"), path), overrides)
-    if spec is not None and spec.domains is not None:
-        tree = _keep_domains(tree, spec.domains, path)
-    if evaluation is not None:
-        every = (tree.get("evaluation") or {}).get("every", 0)
-        tree["evaluation"] = to_tree(evaluation.evaluation) | {"every": every}
+    """`key` is what names the file in the comparison's; errors begin with it."""
     try:
-        return build(RunConfig, tree)
+        tree = apply_overrides(load_yaml(read_text(path, "config file"), path), overrides)
+        if spec is not None and spec.domains is not None:
+            tree = _keep_domains(tree, spec.domains, path)
+        if evaluation is not None:
+            every = _group(tree, "evaluation", path).get("every", 0)
+            tree["evaluation"] = to_tree(evaluation.evaluation) | {"every": every}
+        try:
+            return build(RunConfig, tree)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _group(tree: Mapping[str, Any], name: str, path: str) -> Mapping[str, Any]:
+    """The keys below `name`, none where it is missing."""
+    group = tree.get(name) or {}
+    if not isinstance(group, dict):
+        raise ConfigError(f"{path}: {name}: expected a mapping of keys, got {group!r}")
+    return group
 
 
 def _keep_domains(tree: dict[str, Any], domains: Sequence[str], path: str) -> dict[str, Any]:
     """The file with these domains only, in this order, and the teachers that they name."""
-    known = tree.get("domains") or {}
+    known = _group(tree, "domains", path)
     for name in domains:
         if name not in known:
             raise ConfigError(f"domains: {path} has no domain '{name}'; it has {', '.join(known)}")
     kept = {name: known[name] for name in domains}
-    used = {domain.get("teacher") for domain in kept.values()}
-    teachers = {name: value for name, value in (tree.get("teachers") or {}).items() if name in used}
+    used = {_group(kept, name, f"{path}: domains").get("teacher") for name in kept}
+    teachers = {name: value for name, value in _group(tree, "teachers", path).items() if name in used}
     return {key: value for key, value in tree.items() if key != "teachers"} | {"domains": kept, "teachers": teachers}
 
 
@@ -190,6 +201,8 @@ def trial_methods(config: ReproduceConfig) -> dict[str, MethodSpec]:
     for name, listed in trials.items():
         for index, overrides in enumerate(listed, start=1):
             spec = config.methods[name]
+            if trial_name(name, index) in config.methods:
+                raise ConfigError(f"methods.{trial_name(name, index)}: is the name of a trial of {name}; rename it")
             methods[trial_name(name, index)] = replace(spec, overrides=(*spec.overrides, *overrides), before={})
     return methods
 
@@ -217,6 +230,8 @@ def _scaled(config: ReproduceConfig, evaluation: RunConfig) -> Iterator[tuple[tu
         for count in config.scaling.teachers:
             if count > len(domains):
                 raise ConfigError(f"scaling.teachers: {count} is more than the {len(domains)} domains")
+            if scaled_name(method, count) in config.methods:
+                raise ConfigError(f"methods.{scaled_name(method, count)}: is scaling's name for {method}; rename it")
             if count < len(domains):
                 yield (method, count), _first_domains(config, evaluation, method, count)
 

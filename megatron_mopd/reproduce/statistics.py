@@ -7,22 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Two-sided 95 % points of Student's t with 1, 2, ... 30 degrees of freedom.
-_STUDENT_T = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
-    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
-)  # fmt: skip
-_NORMAL = 1.959964
-
-
-def student_t(degrees: int) -> float:
-    """The t with P(|T| > t) = 0.05; beyond 30 degrees by the first two terms of the expansion in 1 / degrees
-    (Abramowitz and Stegun 26.7.5), to 4 digits."""
-    if degrees <= len(_STUDENT_T):
-        return _STUDENT_T[degrees - 1]
-    z = _NORMAL
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+from megatron_mopd.evaluation.statistics import t_interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +25,7 @@ class Estimate:
         values = [value for value in per_seed.values() if not math.isnan(value)]
         count = len(values)
         mean = math.fsum(values) / count if count else math.nan
-        interval = None
-        if count >= 2:
-            deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-            half = student_t(count - 1) * deviation / math.sqrt(count)
-            interval = (mean - half, mean + half)
-        return cls(mean=mean, interval=interval, per_seed=dict(per_seed))
+        return cls(mean=mean, interval=t_interval(values), per_seed=dict(per_seed))
 
     @property
     def known(self) -> bool:

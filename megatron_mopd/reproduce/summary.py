@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from megatron_mopd.evaluation.results import EvalResult
-from megatron_mopd.report import normalised
+from megatron_mopd.report import mean, normalised
 from megatron_mopd.reproduce.config import BASE, TEACHERS, ReproduceConfig
 from megatron_mopd.reproduce.cost import own_nodes
 from megatron_mopd.reproduce.plan import scaled_name
@@ -35,15 +35,13 @@ class Figures:
         return self.results[seed, model].domains[domain].accuracy
 
     def score(self, seed: int, model: str, domain: str) -> float:
-        """Normalised: see `normalised`."""
+        """Normalised by the base and the domain's teacher of the same seed."""
         teacher = self.accuracy(seed, f"{TEACHERS}.{self.domains[domain]}", domain)
         return normalised(self.accuracy(seed, model, domain), self.accuracy(seed, BASE, domain), teacher)
 
     def mean_score(self, seed: int, model: str, domains: Iterable[str]) -> float:
         """Mean over the domains in which the teacher differs from the base; nan where it does in none."""
-        scores = [self.score(seed, model, domain) for domain in domains]
-        finite = [score for score in scores if not math.isnan(score)]
-        return math.fsum(finite) / len(finite) if finite else math.nan
+        return mean({domain: self.score(seed, model, domain) for domain in domains})
 
 
 def read_figures(

@@ -24,8 +24,8 @@ def shown(figure: Figure, digits: int = 3) -> str:
 def score_table(summary: Mapping[str, Any]) -> Table:
     """A row per method in the file's order: normalised score and accuracy per domain, with intervals over seeds."""
     seeds = len(summary["seeds"])
-    interval = "mean ± 95 % interval (Student t)" if seeds > 1 else "no intervals: one seed"
-    table = Table(title=f"{summary['title']}: {seeds} seeds, {interval}", title_justify="left")
+    what = f"{seeds} seeds, mean ± 95 % interval (Student t)" if seeds > 1 else "one seed, so no intervals"
+    table = Table(title=f"{summary['title']}: {what}", title_justify="left")
     table.add_column("")
     table.add_column("normalised score", justify="right")
     for domain in summary["domains"]:

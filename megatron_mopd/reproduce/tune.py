@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,15 +14,22 @@ from megatron_mopd.reproduce.summary import Figures
 
 
 def trial_scores(config: ReproduceConfig, figures: Figures) -> dict[str, Any]:
-    """The tree of tuning.json: method -> its trials with score (normalised, mean over domains) and which is best."""
+    """The tree of tuning.json: method -> its trials with score (normalised, mean over domains) and which is best.
+
+    A score is null where no teacher leads the base; best is null where no trial has a score.
+    """
     assert config.tune is not None
     seed, methods = config.tune.seed, {}
     for method, trials in config.tune.trials.items():
         scores = [
             figures.mean_score(seed, trial_name(method, index), figures.domains) for index in range(1, len(trials) + 1)
         ]
-        listed = [{"overrides": list(trial), "score": score} for trial, score in zip(trials, scores, strict=True)]
-        methods[method] = {"trials": listed, "best": max(range(len(scores)), key=lambda index: scores[index])}
+        listed = [
+            {"overrides": list(trial), "score": None if math.isnan(score) else score}
+            for trial, score in zip(trials, scores, strict=True)
+        ]
+        known = [index for index, score in enumerate(scores) if not math.isnan(score)]
+        methods[method] = {"trials": listed, "best": max(known, key=lambda index: scores[index], default=None)}
     return {"seed": seed, "split": "validation", "methods": methods}
 
 
@@ -37,7 +45,7 @@ def tuning_table(config: ReproduceConfig, tuning: Mapping[str, Any]) -> Table:
             table.add_row(
                 config.label(method) if index == 0 else "",
                 " ".join(trial["overrides"]) or "as it is",
-                f"{trial['score']:.3f}",
+                "-" if trial["score"] is None else f"{trial['score']:.3f}",
                 style=style,
                 end_section=last,
             )

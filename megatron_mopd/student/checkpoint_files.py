@@ -70,7 +70,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def unfinished(folder: Path) -> Path:
     """Where `folder` is put together before it appears under its own name."""
-    return folder.with_name(folder.name + UNFINISHED)
+    return Path(os.path.abspath(folder) + UNFINISHED)  # '.' has no name of its own
 
 
 def find_latest(run_dir: Path) -> Path | None:
@@ -214,14 +214,14 @@ def publish(
     )
     (partial / MANIFEST).write_text(json.dumps(to_tree(manifest), indent=1) + "\n", encoding="utf-8")
     for path in [partial, *partial.rglob("*")]:
-        _fsync(path)
+        fsync(path)
     latest = folder.parent / LATEST
     unfinished(latest).symlink_to(folder.name)  # before the rename: from there on nothing needs space any more
     if folder.exists():
         _delete(folder)
     partial.rename(folder)
     unfinished(latest).replace(latest)
-    _fsync(folder.parent)
+    fsync(folder.parent)
     older = [other for other in _step_folders(folder.parent.parent) if _step(other) < step]
     for other in older[keep_last - 1 :]:
         try:
@@ -237,7 +237,8 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Of a file or a folder: what it holds survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

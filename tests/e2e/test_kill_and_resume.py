@@ -17,6 +17,7 @@ from tests.e2e.conftest import run_tree, write_run
 
 TIMEOUT_SECONDS = 240
 KILLS = 5
+STEPS = 20
 
 
 def start(config: Path) -> subprocess.Popen[bytes]:
@@ -43,14 +44,17 @@ def rank_pids(launcher: int) -> list[int]:
 
 
 def kill_a_rank(process: subprocess.Popen[bytes], run_dir: Path, rng: random.Random) -> int:
-    """SIGKILL one rank, some milliseconds after the run has logged another one to three steps. Returns its pid."""
-    target = steps_logged(run_dir) + rng.randint(1, 3)
+    """SIGKILL one rank, some milliseconds after the run has logged another one to three steps. Returns its pid.
+
+    Once the log is nearly full, as soon as there are ranks: they are still starting then.
+    """
+    target = min(steps_logged(run_dir) + rng.randint(1, 3), STEPS - 2)
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while steps_logged(run_dir) < target:
+    while steps_logged(run_dir) < target or not rank_pids(process.pid):
         assert process.poll() is None, process.communicate()[0].decode()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    time.sleep(rng.random() * 0.3)
+    time.sleep(rng.random() * 0.1)
     pid = rng.choice(rank_pids(process.pid))
     os.kill(pid, signal.SIGKILL)
     return pid
@@ -62,13 +66,13 @@ def final_bytes(run_dir: Path) -> bytes:
 
 @pytest.mark.slow
 def test_killed_five_times_and_the_same_to_the_last_bit(models: Path, tmp_path: Path) -> None:
-    smooth = run_tree(models, tmp_path / "smooth")
+    smooth = run_tree(models, tmp_path / "smooth") | {"steps": STEPS}
     code, output = finish(start(write_run(tmp_path / "smooth.yaml", smooth)))
     assert code == 0, output
 
     rng = random.Random(20260629)
     # A step takes some tens of milliseconds here: enough of them that five kills fall into the run.
-    config = write_run(tmp_path / "rough.yaml", run_tree(models, tmp_path / "rough"))
+    config = write_run(tmp_path / "rough.yaml", run_tree(models, tmp_path / "rough") | {"steps": STEPS})
     kills = 0
     for _ in range(KILLS + 5):
         process = start(config)

@@ -76,6 +76,8 @@ def test_the_dataset_does_not_depend_on_the_ranks_and_says_its_cost(
     assert read_compute(out).generated_tokens == summary["generated_tokens"]
     assert main(["sample", str(sampled / "sample.yaml"), "--out", str(out)]) == 2
     assert f"--out {out}: exists" in capfd.readouterr().err
+    assert main(["sample", str(sampled / "sample.yaml"), "--out", "/proc/answers.jsonl"]) == 2
+    assert "mopd: error: --out: /proc cannot be written (" in capfd.readouterr().err
 
 
 def test_random_teachers_have_no_correct_answer(
@@ -84,6 +86,8 @@ def test_random_teachers_have_no_correct_answer(
     arguments = ["sample", str(sampled / "sample.yaml"), "--out", str(tmp_path / "x"), "--keep", "correct", "steps=1"]
     assert main(arguments) == 2
     assert "domains.a: none of 8 answers is correct; use --keep all" in capfd.readouterr().err
+    assert main([*arguments[:4], "steps=1", "prompts_per_step=2"]) == 2
+    assert "domains.c: has no prompt in so few steps" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

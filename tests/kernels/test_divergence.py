@@ -30,11 +30,11 @@ def compare(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("vocab", [32, 151, 1000])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("size", SIZES)
-def test_float32(ranks: Ranks, size: int, impl: str, vocab: int, kind: DivergenceKind) -> None:
-    collectives = compare(ranks, size, Share(vocab=vocab, seed=vocab, kind=kind, impl=impl), 2e-6, 1e-5)
+def test_float32(ranks: Ranks, size: int, impl: str, kind: DivergenceKind) -> None:
+    """Other vocabularies, offsets, temperatures and so on: `test_grid`."""
+    collectives = compare(ranks, size, Share(seed=151, kind=kind, impl=impl), 2e-6, 1e-5)
     assert collectives == (0 if size == 1 else 2 if kind == "jsd" else 1, 0)
 
 
@@ -45,19 +45,12 @@ def test_float64(ranks: Ranks, size: int, kind: DivergenceKind) -> None:
 
 
 VARIANTS = [
-    Share(temperature=2.0),
-    Share(masked=True),
     Share(masked=True, vocab=1000, offsets=(40.0, -40.0)),
     Share(weighted=True),
     Share(weighted=True, temperature=0.5, inplace=True),
     Share(inplace=True),
-    Share(strided=True),
-    Share(tokens=1),
-    Share(tokens=0),
     Share(rows_per_rank=151),
     Share(rows_per_rank=100),
-    Share(offsets=(40.0, -40.0)),
-    Share(offsets=(-40.0, 40.0)),
 ]
 """With 151 or 100 rows a rank, the others hold only padding and, from 4 ranks, nothing at all."""
 
@@ -98,17 +91,14 @@ def test_bfloat16(ranks: Ranks, size: int, impl: str, inplace: bool, kind: Diver
 @pytest.mark.parametrize(
     ("noise", "low", "high", "values", "gradients"),
     [
-        (1.4e-3, 1e-7, 2e-6, 1e-3, 1e-3),
-        (1.4e-2, 3e-5, 2e-4, 1e-4, 1e-4),
         (0.14, 2e-3, 2e-2, 1e-5, 1e-5),
         (1.0, 0.1, 2.0, 3e-6, 1e-5),
-        (4.0, 1.5, 15.0, 3e-6, 1e-5),
     ],
 )
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "mixed", "jsd"])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_from_tiny_to_huge(
+def test_between(
     ranks: Ranks, size: int, impl: str, kind: DivergenceKind, noise: float, low: float, high: float,
     values: float, gradients: float,
 ) -> None:  # fmt: skip

@@ -23,21 +23,15 @@ BF16 = torch.bfloat16
 
 VARIANTS = [
     Share(),
-    Share(vocab=32, tokens=5),
-    Share(vocab=1000),
-    Share(temperature=0.5),
     Share(masked=True),
     Share(masked=True, vocab=1000, offsets=(40.0, -40.0)),
-    Share(strided=True),
-    Share(tokens=1),
-    Share(tokens=0),
     Share(rows_per_rank=151),
     Share(rows_per_rank=100),
-    Share(offsets=(-40.0, 40.0)),
     Share(dtype=BF16),
     Share(dtype=BF16, temperature=2.0, vocab=1000),
     Share(dtype=BF16, spread=8.0, vocab=1000),
 ]
+"""Beside those of `test_grid`."""
 
 
 def compare(ranks: Ranks, size: int, share: Share, operation: str) -> tuple[int, int]:

@@ -139,6 +139,11 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("aime25", [{"problem": "p"}], "got None"),
         ("ifeval", IFBENCH, "row 1: unknown instruction kind 'count:keywords'"),
         ("ifbench", [{"prompt": "p", "instruction_id_list": ["a"], "kwargs": []}], 'row 1: "instruction_id_list" and'),
+        (
+            "ifbench",
+            [{"prompt": "p", "instruction_id_list": ["a"], "kwargs": ["x"]}],
+            "must hold mappings, one per instru",
+        ),
         ("swe_bench_verified", [{**SWE_BENCH[0], "patch": ""}], "row 1: needs a non-empty text 'patch'"),
     ],
 )

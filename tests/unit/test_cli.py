@@ -64,6 +64,8 @@ def _one_line(capfd: pytest.CaptureFixture[str]) -> str:
         (["eval"], ["--checkpoint DIR", "held-out", "mopd eval configs/tiny/mopd.yaml --checkpoint"]),
         (["export"], ["--hf OUT", "safetensors", "examples:"]),
         (["demo"], ["--run-dir", "runs/demo", "goes on where it stopped"]),
+        (["benchmark"], ["mopd benchmark NAME --from FILE --out FILE [options]\n", "swe_bench_verified"]),
+        (["report"], ["mopd report RUN... [options]\n", "--out DIR"]),
     ],
 )
 def test_help_teaches(arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,6 +220,17 @@ def test_a_held_out_file_is_all_kept_out_of_training(tokenizer: Tokenizer, tmp_p
     assert mixer.counts()["more"]["held_out_skipped"] > 30
 
 
+def test_a_held_out_file_is_read_to_its_end_however_often_it_repeats_itself(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path / "x.jsonl", ["a", "b"])
+    other = jsonl(tmp_path / "y.jsonl", [*["q"] * 6000, "rare"])
+    more = jsonl(tmp_path / "z.jsonl", [f"q{i}" for i in range(30)] + ["rare"])
+    mixer = DomainMixer(run_config(lines(path, other) | {"more": lines(more)["lines"]}, prompts=5), tokenizer)
+    assert texts(tokenizer, mixer.held_out("lines")) == {"q", "rare"}
+    assert "rare" not in texts(tokenizer, mixer.draw(100))
+
+
 def test_files_that_share_questions_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [f"q{i}" for i in range(30)])
     other = jsonl(tmp_path / "y.jsonl", [f"q{i}" for i in range(28, 40)] * 2)

@@ -159,7 +159,7 @@ from megatron_mopd.merge import MergeConfig
 from megatron_mopd.merge.run import run_merge
 folder, out = map(pathlib.Path, sys.argv[1:3])
 def say(line):
-    if line.startswith("merged 0.00 of"):
+    if line.startswith("merged "):
         print("half", flush=True)
         if sys.argv[3] == "kill": os.kill(os.getpid(), signal.SIGKILL)
         sys.stdin.readline()

@@ -175,8 +175,15 @@ def test_a_tied_model_with_another_output_layer(folder: Path) -> None:
 
 
 def test_an_out_that_is_taken(folder: Path) -> None:
+    refused(config(out="."), r"out: \. exists and is not a merged model; name a new folder")
     refused(config(out="one"), "out: one exists and is not a merged model; name a new folder")
     (folder / "file").write_text("")
+    (folder / "new.tmp").mkdir()
+    (folder / "new.tmp" / "thesis.txt").write_text("")
+    refused(config(out="new"), r"out: .*/new\.tmp is in the way and not of a merge; move it away, or name another out")
+    assert (folder / "new.tmp" / "thesis.txt").exists()
+    (folder / "new.tmp" / "merge.json").write_text("{}")  # killed just before it got its name
+    assert run_merge(config(out="new")).is_dir()
     refused(config(out="file"), "out: file exists and is not a merged model; name a new folder")
     refused(config(out="/proc/merged"), "out: /proc/merged cannot be written: ")
     run_merge(config())

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
 from megatron_mopd.evaluation.results import EvalResult, Score
-from megatron_mopd.reproduce.config import MethodSpec
-from megatron_mopd.reproduce.cost import Cost, check_budget, node_cost, own_nodes
+from megatron_mopd.reproduce.config import MethodSpec, load_reproduce_config
+from megatron_mopd.reproduce.cost import Cost, budget_line, check_budget, drawing_more, node_cost, own_nodes
 from megatron_mopd.reproduce.graph import Node, in_order, with_inputs
-from megatron_mopd.reproduce.statistics import Estimate, student_t
+from megatron_mopd.reproduce.statistics import Estimate
+from megatron_mopd.reproduce.store import write_json
 from megatron_mopd.reproduce.summary import Figures
 from megatron_mopd.reproduce.table import shown
+from megatron_mopd.reproduce.tune import trial_scores, tuning_table
 from megatron_mopd.yaml_config import ConfigError
+from tests.comparison import write_comparison
 
 
 def node(name: str, *inputs: str) -> Node:
@@ -77,31 +82,32 @@ def test_the_budget_counts_everything_but_base_and_teachers_once() -> None:
         check_budget(nodes, methods, {"mopd": 32, "again": 32}, 0)
 
 
+def test_what_dynamic_sampling_draws_is_not_called_checked() -> None:
+    plain, more = run("seed0/plain", "rl"), run("seed0/more", "rl")
+    more = dataclasses.replace(more, tree=more.tree | {"objective": {"dynamic_sampling": True}})
+    nodes = {item.name: item for item in (plain, more)}
+    assert drawing_more(nodes, ["plain", "more"], 0) == ["more"]
+    assert budget_line({"plain": 32, "more": 32}, 32, ["more"]) == (
+        "budget, checked: 32 rollouts each: plain, more; at least, as dynamic sampling draws more: more"
+    )
+    assert budget_line({"plain": 32}, 32) == "budget, checked: 32 rollouts each: plain"
+
+
 def test_interval_of_five_seeds() -> None:
-    # s = sqrt(2.5 / 4) of 0, 1, 2, 3, 4 is sqrt(2.5); t(4) = 2.7764; half width 2.7764 x sqrt(2.5 / 5).
+    # s = sqrt(2.5 / 4) of 0, 1, 2, 3, 4 is sqrt(2.5); t(4) = 2.776445; half width 2.776445 x sqrt(2.5 / 5).
     estimate = Estimate.of({seed: float(seed) for seed in range(5)})
     assert estimate.mean == 2.0
-    assert estimate.interval == pytest.approx((2 - 1.963212, 2 + 1.963212), abs=1e-5)
-    assert estimate.half_width == pytest.approx(1.963212, abs=1e-5)
+    assert estimate.interval == pytest.approx((2 - 1.963243, 2 + 1.963243), abs=1e-5)
+    assert estimate.half_width == pytest.approx(1.963243, abs=1e-5)
 
 
 def test_one_seed_has_no_interval_and_nan_is_left_out() -> None:
     assert Estimate.of({3: 0.5}).as_json() == {"mean": 0.5, "interval": None, "per_seed": {"3": 0.5}}
     partly = Estimate.of({0: 1.0, 1: math.nan, 2: 3.0})
     assert partly.mean == 2.0
-    assert partly.interval == pytest.approx((2 - 12.7062, 2 + 12.7062))
+    assert partly.interval == pytest.approx((2 - 12.70620, 2 + 12.70620), abs=1e-4)
     assert partly.as_json()["per_seed"] == {"0": 1.0, "1": None, "2": 3.0}
     assert Estimate.of({0: math.nan}).as_json() == {"mean": None, "interval": None, "per_seed": {"0": None}}
-
-
-@pytest.mark.parametrize(("degrees", "value"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (30, 2.0423)])
-def test_student_t(degrees: int, value: float) -> None:
-    assert student_t(degrees) == value
-
-
-@pytest.mark.parametrize(("degrees", "value"), [(31, 2.03951), (40, 2.02108), (120, 1.97993), (10**9, 1.95996)])
-def test_student_t_beyond_the_table(degrees: int, value: float) -> None:
-    assert student_t(degrees) == pytest.approx(value, abs=1e-4)
 
 
 def result(**accuracy: float) -> EvalResult:
@@ -133,6 +139,21 @@ def test_scores_are_normalised_by_the_teacher_of_each_domain_and_seed() -> None:
     assert math.isnan(figures.score(1, "mopd", "x"))
     assert figures.mean_score(1, "mopd", ["x", "y"]) == pytest.approx(0.5)
     assert math.isnan(figures.mean_score(1, "mopd", ["x"]))
+
+
+def test_a_trial_without_a_score_is_null_and_never_the_best(tmp_path: Path) -> None:
+    file = write_comparison(tmp_path / "project")
+    config = load_reproduce_config(file)
+    scores = {"base": 0.5, "teachers.a": 0.9, "teachers.b": 0.9, "mopd_trial1": 0.9, "mopd_trial2": 0.7}
+    results = {(9, name): result(a=value, b=value) for name, value in scores.items()}
+    figures = Figures(domains={"a": "a", "b": "b"}, results=results, compute={})
+    assert trial_scores(config, figures)["methods"]["mopd"]["best"] == 0
+    flat = {key: result(a=0.5, b=0.5) for key in results}
+    tuning = trial_scores(config, Figures(domains={"a": "a", "b": "b"}, results=flat, compute={}))
+    assert tuning["methods"]["mopd"]["best"] is None
+    assert [trial["score"] for trial in tuning["methods"]["mopd"]["trials"]] == [None, None]
+    write_json(tmp_path / "tuning.json", tuning)
+    assert list(tuning_table(config, tuning).columns[2].cells) == ["-", "-"]
 
 
 def test_a_figure_in_the_table() -> None:

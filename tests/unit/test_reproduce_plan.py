@@ -15,6 +15,7 @@ from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.reproduce.command import Options, Plan, make_plan
 from megatron_mopd.reproduce.config import load_reproduce_config
 from megatron_mopd.reproduce.execute import command_of, file_of
+from megatron_mopd.reproduce.fingerprint import changes
 from megatron_mopd.reproduce.store import RECORD, StoredNode, place, prune, write_json
 from megatron_mopd.yaml_config import ConfigError, dump_yaml
 from tests.comparison import read, write, write_comparison
@@ -129,6 +130,36 @@ def test_a_default_that_is_written_out_is_no_change(config: Path) -> None:
         "prompts": 12, "samples": 2, "validation_prompts": 8}  # fmt: skip
 
 
+def test_another_order_of_the_domains_is_another_run(config: Path) -> None:
+    before = placed(config)
+    file = config.parent / "sft.yaml"
+    domains = read(file)["domains"]
+    write(file, read(file) | {"domains": dict(reversed(domains.items()))})
+    after = placed(config)["seed0/base"]
+    assert after.folder != before["seed0/base"].folder  # whose turn it is, and who wins a tie
+    finish(before["seed0/base"])
+    assert after.why() == "order_of_domains was None, is ['b', 'a']"
+
+
+def test_what_a_node_read_before_and_no_more_is_said(config: Path) -> None:
+    item = placed(config)["seed0/base"]
+    finish(item)
+    record = json.loads((item.folder / RECORD).read_text())
+    record["made_of"]["files"] |= {"gone.jsonl": "0"}
+    del record["made_of"]["files"][str(config.parent / "a.jsonl")]
+    assert changes(record["made_of"], item.made_of, item.node) == [
+        f"{config.parent / 'a.jsonl'} is read now",
+        "gone.jsonl is not read any more",
+    ]
+
+
+def test_damaged_digests_are_made_again(config: Path) -> None:
+    before = placed(config)["seed0/base"].folder
+    (config.parent / "run").mkdir(exist_ok=True)
+    (config.parent / "run" / "hashes.json").write_text('{"cut')
+    assert placed(config)["seed0/base"].folder == before
+
+
 def test_an_edited_dataset_is_found_under_a_cached_node_and_the_reason_said(config: Path) -> None:
     before = placed(config)
     for item in before.values():
@@ -230,10 +261,20 @@ def test_only_one_method(config: Path) -> None:
         (["teachers.a.start=mopd"], "seed0/teachers.a needs seed0/mopd needs seed0/teachers.a: a cycle"),
         (["methods.mopd.start=off.sample"], "methods.mopd.start: node 'off.sample' makes a dataset"),
         (["methods.off.dataset=base"], "methods.off.dataset: node 'base' makes a model"),
-        (["methods.off.dataset=null", "methods.off.rollouts=0"], "seed0/off: rollout.dataset: -: no such file"),
+        (["methods.off.dataset=null", "methods.off.rollouts=0"], "seed0/off: rollout.dataset: -: no such file; make it"),
         (["methods.mopd.merge=x.yaml"], "methods.mopd: give exactly one of run, sample and merge"),
         (["methods.mopd.family=best"], "methods.mopd.family: expected one of merge, rl, off_policy, mopd"),
         (["methods.mopd.overrides=[stepz=3]"], "methods.mopd: .*mopd.yaml: unknown key 'stepz'. Did you mean 'steps'"),
+        (["overrides=[optim.lr=fast]"], "evaluation: .*mopd.yaml: optim.lr: expected float, got 'fast'"),
+        (
+            ["methods.mopd.overrides=[evaluation=3]"],
+            "methods.mopd: .*mopd.yaml: evaluation: expected a mapping of keys",
+        ),
+        (
+            ["teachers.a.overrides=[domains=3]"],
+            "teachers.a: .*teacher.yaml: domains: expected a mapping of keys, got 3",
+        ),
+        (["teachers.a.overrides=[domains.a=3]"], "teachers.a: .*teacher.yaml: domains: a: expected a mapping of keys"),
         (["methods.mopd.overrides=[steps=5]"], "methods.mopd: its files generate 40 rollouts, the budget is 32; "),
         (["methods.mopd.run=nowhere.yaml"], "methods.mopd: config file nowhere.yaml: No such file"),
         (["teachers.a.domains=[c]"], "teachers.a: domains: .*teacher.yaml has no domain 'c'; it has a, b"),
@@ -241,6 +282,10 @@ def test_only_one_method(config: Path) -> None:
         (["methods.a/b={family: mopd, run: x.yaml}"], "methods.a/b: names folders; use letters, digits"),
         (["scaling={teachers: [3], methods: [mopd]}"], "scaling.teachers: 3 is more than the 2 domains"),
         (["scaling={teachers: [1], methods: [off]}"], "scaling.methods: 'off' names nodes of its own"),
+        (
+            ["scaling={teachers: [1], methods: [mopd]}", "methods.mopd_n1={family: mopd, run: x.yaml}"],
+            "methods.mopd_n1: is scaling's name for mopd; rename it",
+        ),
         (["tune.trials.off=[[]]"], "tune: trials.off: 1 trials, but mopd has 2; give every method as many"),
         (["tune.trials.mix=[[], []]"], "tune.trials.mix: no such method; known: arithmetic, off, mopd"),
         (["tune.seed=1"], "tune.seed: 1 is one of seeds; choose another"),
@@ -267,6 +312,11 @@ def test_a_mistake_is_one_line_before_anything_runs(config: Path, overrides: lis
 def test_options_that_do_not_fit(config: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(config, **options)
+
+
+def test_a_method_with_the_name_of_a_trial(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"methods\.mopd_trial1: is the name of a trial of mopd; rename it"):
+        plan_of(config, "methods.mopd_trial1={family: mopd, run: x.yaml}", tune=True)
 
 
 def test_a_teacher_without_a_node_is_named_with_the_remedy(config: Path) -> None:
