@@ -30,7 +30,7 @@ def _table(table: Table) -> str:
     # Markdown has no headings over several columns: the group's name goes into each.
     groups = ["", *(name for name, span in table.groups for _ in range(span))]
     columns = [
-        f"{column} ({group})" if group and len(table.groups) > 1 else column
+        _plain(f"{column} ({group})" if group and len(table.groups) > 1 else column)
         for column, group in zip(table.columns, groups + [""] * (len(table.columns) - len(groups)), strict=True)
     ]
     lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *([_cell(cell) for cell in row] for row in table.rows)]

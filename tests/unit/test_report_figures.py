@@ -100,8 +100,8 @@ def _curve(sources: Sources, name: str) -> Curve:
 
 def test_curves_are_means_and_intervals_of_the_seeds_over_their_tokens(sources: Sources) -> None:
     mopd = _curve(sources, "mopd")
-    # 100 + 140 + 160 = 400 tokens in seed 0, 460 in seed 1. Two seeds, 0.1 apart: t s / sqrt(2) = 12.7062 * 0.05.
-    half = 0.63531
+    # 100 + 140 + 160 = 400 tokens in seed 0, 460 in seed 1. Two seeds, 0.1 apart: t s / sqrt(2) = 12.7062047 * 0.05.
+    half = 0.635310237
     start, end = (0, 0.55, 0.55 - half, 0.55 + half), (0.85, 0.85 - half, 0.85 + half)
     for tokens, last in ((True, 430), (False, 3)):
         points = _values(mopd.points("accuracy", "add", over_tokens=tokens))
