@@ -2,7 +2,8 @@
 
 Qwen3-30B-A3B, one run a method, no intervals. The accuracies are the published ones, in per cent; the normalised
 scores follow from them as in the paper: a domain's score is the mean of its benchmarks, the method's the mean of
-the three domains'.
+the three domains'. The accuracies were taken from several independent notes on the paper that agree, not from its
+own text; the mean scores that follow from them are those that the paper states, to four digits.
 """
 
 from __future__ import annotations
