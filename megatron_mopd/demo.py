@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_mopd import preflight
+from megatron_mopd.compute import read_compute
 from megatron_mopd.config import RunConfig, load_config
 from megatron_mopd.environment import world_size
 from megatron_mopd.hub import resolve_folder
@@ -161,9 +162,14 @@ def _report(
         routed=routed,
     )
     stage_of = {"base": BASE, STUDENT: STUDENT} | {name: f"rl_{name}" for name in mopd.teachers}
-    spent = {name: seconds[stage] for name, stage in stage_of.items() if stage in seconds}
-    run = Path(mopd.run_dir).name
-    write_summary(run_dir / "summary.json", comparison, seed=mopd.seed, seconds=spent, runs={STUDENT: run})
+    write_summary(
+        run_dir / "summary.json",
+        comparison,
+        seed=mopd.seed,
+        compute={name: read_compute(run_dir / stage) for name, stage in stage_of.items()},
+        runs={STUDENT: STUDENT},
+        seconds=seconds,
+    )
     page = write_report([run_dir], run_dir / "report")
     console.print(accuracy_table(comparison))
     console.print(f"mean normalised score {comparison.normalised_mean:.3f}", highlight=False)

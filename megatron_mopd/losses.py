@@ -84,15 +84,17 @@ def sampled(
     )
 
 
-def teacher_topk(divergence: Tensor, topk_logprobs: Tensor, weights: Tensor) -> Loss:
+def teacher_topk(
+    divergence: Tensor, weights: Tensor, *, reverse_kl: Tensor, student_mass: Tensor, teacher_mass: Tensor
+) -> Loss:
     """sum over the teacher's k most likely tokens of p log(p/q) - p + q, raw probabilities: MOPD Eq. 5.
 
-    divergence [R]: that sum (`kernels.topk_divergence`); every term of it is >= 0, so it is at most the reverse KL,
-    which is the same sum over all tokens. topk_logprobs [R, k]: log q; how much of the teacher k tokens hold is
-    reported as `teacher_mass`.
+    divergence [R]: that sum (`kernels.topk_divergence`). Only reported, [R] each: a reverse KL in which all other
+    tokens are one, and what student and teacher have on the k tokens.
     """
-    rows = {"token_loss": divergence.detach(), "reverse_kl": divergence.detach()}
-    return Loss((weights * divergence).sum(), rows | {"teacher_mass": topk_logprobs.exp().sum(-1)})
+    masses = {"student_mass": student_mass.detach(), "teacher_mass": teacher_mass.detach()}
+    rows = {"token_loss": divergence.detach(), "reverse_kl": reverse_kl.detach(), **masses}
+    return Loss((weights * divergence).sum(), rows)
 
 
 def full_vocab(divergence: Tensor, weights: Tensor, *, reverse_kl: Tensor | None = None) -> Loss:

@@ -7,9 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+from megatron_mopd.reproduce.statistics import Estimate
+
+if TYPE_CHECKING:  # it imports torch, which a report does not need
+    from megatron_mopd.compute import Compute
 
 
 def normalised(student: float, before: float, teacher: float) -> float:
@@ -81,24 +86,27 @@ def accuracy_table(comparison: Comparison) -> Table:
 
 
 def write_summary(
-    path: Path, comparison: Comparison, *, seed: int, seconds: Mapping[str, float], runs: Mapping[str, str]
+    path: Path,
+    comparison: Comparison,
+    *,
+    seed: int,
+    compute: Mapping[str, Compute],
+    runs: Mapping[str, str],
+    seconds: Mapping[str, float],
 ) -> None:
     """Write summary.json: a study, as `mopd reproduce` writes it, of one method with one seed. nan becomes null.
 
     Args:
-        seconds: "base", "mopd" or a teacher's name -> seconds that its training took.
+        compute: "base", "mopd" and every teacher's name -> what its training cost.
         runs: "mopd" -> folder of its run, relative to the summary.
+        seconds: stage -> seconds that it took, with starting and saving.
     """
 
     def one(value: float) -> dict[str, Any]:
-        known = None if math.isnan(value) else value
-        return {"mean": known, "interval": None, "per_seed": {str(seed): known}}
+        return Estimate.of({seed: value}).as_json()
 
     def domains(row: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         return {domain: {"accuracy": one(row[domain])} for domain in comparison.routed}
-
-    def cost(name: str) -> dict[str, float]:
-        return {"seconds": round(seconds[name], 3)} if name in seconds else {}
 
     own = domains(comparison.after)
     summary = {
@@ -106,12 +114,12 @@ def write_summary(
         "title": "MOPD demo",
         "domains": list(comparison.routed),
         "seeds": [seed],
-        "base": {"domains": domains(comparison.before), "compute": cost("base")},
+        "base": {"domains": domains(comparison.before), "compute": compute["base"].as_json()},
         "teachers": {
             name: {
                 "domain": [domain for domain, teacher in comparison.routed.items() if teacher == name],
                 "domains": domains(row),
-                "compute": cost(name),
+                "compute": compute[name].as_json(),
             }
             for name, row in comparison.teachers.items()
         },
@@ -123,10 +131,11 @@ def write_summary(
                 "domains": {name: entry | {"score": one(comparison.normalised[name])} for name, entry in own.items()},
                 "perplexity": None,
                 "out_of_domain": None,
-                "compute": cost("mopd"),
+                "compute": compute["mopd"].as_json(),
                 "runs": {str(seed): runs["mopd"]},
             }
         },
         "scaling": None,
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
     }
     path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -64,8 +64,7 @@ def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
         cost = write_answers(answers, writer, keep)
         for name in config.domains:
             if name not in cost.sampled:
-                raise ConfigError(f"domains.{name}: no prompt was drawn; raise steps, prompts_per_step or its weight")
-        for name in config.domains:
+                raise ConfigError(f"domains.{name}: has no prompt in so few steps; raise steps or prompts_per_step")
             if cost.left_out[name] == cost.sampled[name]:
                 raise ConfigError(f"domains.{name}: none of {cost.sampled[name]} answers is correct; use --keep all")
         writer.finish(cost)

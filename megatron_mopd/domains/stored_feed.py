@@ -41,7 +41,7 @@ class StoredFeed:
         Left out, and counted: questions that are evaluated on (`reserved` has their hashes), and answers longer than
         the configuration allows. Raises ConfigError when none is left.
         """
-        for _ in range(self._size):
+        for _ in range(2 * self._size):  # the next epoch may have last what this one had first
             index = state.cursor
             state.cursor += 1
             answer = self._dataset.answer(self._name, self._epochs.place(index))

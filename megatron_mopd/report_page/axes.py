@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mopd.report_page.study import Estimate
 from megatron_mopd.report_page.style import BASE, TEACHER, TEXT, ink, luminance, new_figure
+from megatron_mopd.reproduce.statistics import Estimate
 
 _POINTS_PER_INCH = 72
 

@@ -128,7 +128,7 @@ def _over(group: CurveSet, metric: str, *, spread: bool = True) -> str:
     seeds = max(len(curve.logs) for curve in curves)
     text = " over generated tokens" if tokens else " over steps (not every run counted its tokens)"
     if seeds > 1:
-        text += f", mean of {seeds} seeds" + (" with their range" if spread else "")
+        text += f", mean of {seeds} seeds" + (" with 95% intervals" if spread else "")
     trained = [curve.label for curve in curves if curve.is_trained_only]
     if tokens and trained:
         text += f"; {', '.join(trained)}: over the tokens of their data set"

@@ -7,12 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_mopd.report_page.axes import EndLabel, label_ends, panels, reference
 from megatron_mopd.report_page.curves import Curve, Point
 from megatron_mopd.report_page.sources import CurveSet
-from megatron_mopd.report_page.study import Estimate, Study
+from megatron_mopd.report_page.study import Study
 from megatron_mopd.report_page.study_figures import compact
 from megatron_mopd.report_page.style import BASE, COLUMN, PAGE, TEACHER, Look, domain_colours
+from megatron_mopd.reproduce.statistics import Estimate
 
 Looks = Mapping[str, Look]
 
@@ -69,7 +72,7 @@ def divergence_figure(group: CurveSet, looks: Looks) -> Any:
         drawn = {curve.name: curve.points("reverse_kl", domain, over_tokens=tokens) for curve in curves}
         ends.append(_lines(axes, curves, drawn, looks))
         _finish(axes, domain, tokens, "reverse KL (nats per token)" if index % columns == 0 else "")
-        if all(point.low > 0 for points in drawn.values() for point in points):
+        if all(point.value.mean > 0 for points in drawn.values() for point in points):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: "")
@@ -90,7 +93,7 @@ def share_figure(group: CurveSet) -> Any:
     for index, (axes, curve) in enumerate(zip(grid, curves, strict=True)):
         series = {domain: curve.points("token_share", domain, over_tokens=tokens) for domain in domains}
         x = sorted({point.x for points in series.values() for point in points})
-        by_domain = {domain: {point.x: point.mean for point in points} for domain, points in series.items()}
+        by_domain = {domain: {point.x: point.value.mean for point in points} for domain, points in series.items()}
         heights = [[by_domain[domain].get(place, 0.0) for place in x] for domain in domains]
         axes.stackplot(x, heights, colors=[colours[domain] for domain in domains], edgecolor="white", linewidth=0.4)
         axes.set(xlim=(x[0], x[-1]), ylim=(0, 1))
@@ -129,18 +132,22 @@ def _label_panels(grid: Sequence[Any], ends: Sequence[Sequence[EndLabel]], every
 
 
 def _lines(axes: Any, curves: Sequence[Curve], drawn: Mapping[str, Sequence[Point]], looks: Looks) -> list[EndLabel]:
-    """Draw the curves with the range of their seeds; returns the labels of their ends."""
+    """Draw the curves with their intervals; returns the labels of their ends."""
+    from matplotlib.collections import FillBetweenPolyCollection
+
     labels = []
     for curve in curves:
         points, look = drawn[curve.name], looks[curve.name]
         if not points:
             continue
         x = [point.x for point in points]
-        axes.plot(x, [point.mean for point in points], color=look.colour, linestyle=look.line, zorder=2.5)
-        if len(curve.logs) > 1:
-            low, high = [point.low for point in points], [point.high for point in points]
-            axes.fill_between(x, low, high, color=look.colour, alpha=0.13, linewidth=0)
-        labels.append(EndLabel(points[-1].mean, curve.label, look.colour))
+        axes.plot(x, [point.value.mean for point in points], color=look.colour, linestyle=look.line, zorder=2.5)
+        bounds = [point.value.interval for point in points if point.value.interval]
+        if len(bounds) == len(points):
+            low, high = np.array(bounds).T
+            band = FillBetweenPolyCollection("x", np.array(x), low, high, color=look.colour, alpha=0.13, linewidth=0)
+            axes.add_collection(band, autolim=False)  # the means decide what is shown: two seeds' intervals are wide
+        labels.append(EndLabel(points[-1].value.mean, curve.label, look.colour))
     return labels
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mopd.metrics import Kind, read_records
+from megatron_mopd.reproduce.statistics import Estimate
 from megatron_mopd.yaml_config import ConfigError
 
 METRICS: dict[str, Kind] = {"accuracy": "eval", "reverse_kl": "train", "token_share": "train"}
@@ -19,10 +20,7 @@ METRICS: dict[str, Kind] = {"accuracy": "eval", "reverse_kl": "train", "token_sh
 class Point:
     x: float
     """Tokens or steps done, mean over seeds."""
-    mean: float
-    low: float
-    """Smallest and largest of the seeds."""
-    high: float
+    value: Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +76,9 @@ def _points(pairs: Sequence[tuple[RunLog, Mapping[int, float]]], over_tokens: bo
     steps = set.intersection(*(set(series) for _, series in pairs)) if pairs else set()
     points = []
     for step in sorted(steps):
-        values = [series[step] for _, series in pairs]
+        value = Estimate.of({index: series[step] for index, (_, series) in enumerate(pairs)})
         done = [float((log.tokens or {}).get(step, step)) if over_tokens else float(step) for log, _ in pairs]
-        points.append(Point(sum(done) / len(done), sum(values) / len(values), min(values), max(values)))
+        points.append(Point(sum(done) / len(done), value))
     return points
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd.report_page.study import COMPUTE, Estimate, Method, Model, ScalingPoint, Study, Teacher
+from megatron_mopd.report_page.study import COMPUTE, Method, Model, ScalingPoint, Study, Teacher
+from megatron_mopd.reproduce.statistics import Estimate
 from megatron_mopd.yaml_config import ConfigError
 
 VERSION = 1
@@ -31,7 +32,7 @@ def read_summary(folder: Path) -> Study:
         source=str(folder),
         title=root["title"].text(),
         domains=root["domains"].words(),
-        seeds=root["seeds"].words(),
+        seeds=tuple(node.integer() for node in root["seeds"].elements()),
         base=_model(root["base"]),
         teachers=tuple(_teacher(name, node) for name, node in root["teachers"].items()),
         methods=tuple(_method(name, node, folder) for name, node in root["methods"].items()),
@@ -55,7 +56,7 @@ def _method(name: str, node: _Node, folder: Path) -> Method:
         domain_scores={domain: _estimate(score) for domain, score in scores.items() if score},
         model=_model(node),
         compute=_compute(node),
-        runs={seed: _run_folder(entry.text(), folder) for seed, entry in runs.items()} if runs else {},
+        runs={entry.seed(): _run_folder(entry.text(), folder) for _, entry in runs.items()} if runs else {},
     )
 
 
@@ -67,13 +68,13 @@ def _run_folder(written: str, folder: Path) -> Path:
 
 
 def _scaling_point(node: _Node) -> ScalingPoint:
-    count = node["teachers"].number()
-    if count < 1 or count != int(count):
+    count = node["teachers"].integer()
+    if count < 1:
         raise node["teachers"].error("not a number of teachers")
     return ScalingPoint(
         method=node["method"].text(),
         label=node["label"].text(),
-        teachers=int(count),
+        teachers=count,
         score=_estimate(node["score"]),
     )
 
@@ -100,10 +101,11 @@ def _estimate(node: _Node) -> Estimate:
     bounds = [bound.number() for bound in interval.elements()] if interval else None
     if interval and bounds is not None and (len(bounds) != 2 or not bounds[0] <= bounds[1]):
         raise interval.error("not [low, high]")
+    measured = [node for _, node in seeds.items() if node.value is not None] if seeds else []
     return Estimate(
         mean=mean.number() if mean else math.nan,
         interval=(bounds[0], bounds[1]) if bounds else None,
-        per_seed={seed: value.number() for seed, value in seeds.items() if value.value is not None} if seeds else {},
+        per_seed={node.seed(): node.number() for node in measured},
     )
 
 
@@ -149,11 +151,20 @@ class _Node:
         return self.value
 
     def words(self) -> tuple[str, ...]:
-        """Of a list of strings or integers, or of one string."""
-        entries = [self.value] if isinstance(self.value, str) else [node.value for node in self.elements()]
-        if not all(isinstance(entry, str | int) for entry in entries):
-            raise self.error("not a list of words")
-        return tuple(str(entry) for entry in entries)
+        """Of a list of strings, or of one string."""
+        return (self.value,) if isinstance(self.value, str) else tuple(node.text() for node in self.elements())
+
+    def integer(self) -> int:
+        if isinstance(self.value, bool) or not isinstance(self.value, int):
+            raise self.error("not a whole number")
+        return self.value
+
+    def seed(self) -> int:
+        """The last word of the key."""
+        name = self.key.rpartition(".")[2]
+        if not name.isdecimal():
+            raise self.error("not under a seed")
+        return int(name)
 
     def number(self) -> float:
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_mopd.reproduce.statistics import Estimate
+
 COMPUTE = {
     "generated_tokens": "generated tokens",
     "trained_tokens": "trained tokens",
@@ -14,21 +16,6 @@ COMPUTE = {
     "seconds": "seconds",
 }
 """Key of a compute record in `summary.json` -> how it is called on the page."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A mean over seeds with its 95% interval."""
-
-    mean: float
-    """nan: not measured, or not defined (a teacher that does not lead its base)."""
-    interval: tuple[float, float] | None = None
-    """(low, high); None with one seed."""
-    per_seed: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def known(self) -> bool:
-        return math.isfinite(self.mean)
 
 
 UNKNOWN = Estimate(mean=math.nan)
@@ -67,7 +54,7 @@ class Method:
     model: Model
     compute: Mapping[str, float]
     """Its own cost; the teachers' training is with the teachers."""
-    runs: Mapping[str, Path]
+    runs: Mapping[int, Path]
     """Seed -> folder of its run."""
 
 
@@ -85,7 +72,7 @@ class Study:
     """The folder as the user named it."""
     title: str
     domains: tuple[str, ...]
-    seeds: tuple[str, ...]
+    seeds: tuple[int, ...]
     base: Model
     teachers: tuple[Teacher, ...]
     methods: tuple[Method, ...]

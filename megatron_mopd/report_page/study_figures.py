@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_mopd.report_page.axes import EndLabel, Row, bars, dots, label_ends, name_line, panels, reference
 from megatron_mopd.report_page.published import ABLATIONS, TABLE
-from megatron_mopd.report_page.study import COMPUTE, UNKNOWN, Estimate, Method, Study
+from megatron_mopd.report_page.study import COMPUTE, UNKNOWN, Method, Study
 from megatron_mopd.report_page.style import BASE, COLUMN, PAGE, TEACHER, TEXT, Look
+from megatron_mopd.reproduce.statistics import Estimate
 
 _ROW, _MARGIN = 0.185, 0.62
 """Inches: the height of a bar's row, and of title and axis."""

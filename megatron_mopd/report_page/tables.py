@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from megatron_mopd.report import mean
 from megatron_mopd.report_page.published import ABLATIONS, BASE, BENCHMARKS, DOMAINS, TABLE, TEACHER, Published
-from megatron_mopd.report_page.study import COMPUTE, UNKNOWN, Estimate, Method, Model, Study
+from megatron_mopd.report_page.study import COMPUTE, UNKNOWN, Method, Model, Study
 from megatron_mopd.report_page.study_figures import compact
+from megatron_mopd.reproduce.statistics import Estimate
 
 NONE = "–"  # noqa: RUF001 (an en dash, as tables have it)
 
@@ -158,9 +159,14 @@ def _intervals(study: Study) -> str:
 
 
 def _mean_accuracy(model: Model, domains: Sequence[str]) -> Estimate:
-    """Without an interval: that of a mean over domains does not follow from theirs."""
-    values = {domain: model.accuracy.get(domain, UNKNOWN).mean for domain in domains}
-    return Estimate(mean=mean(values)) if all(domain in model.accuracy for domain in domains) else UNKNOWN
+    """Of the mean over the domains, seed by seed; without an interval where the seeds are not given."""
+    if not all(domain in model.accuracy for domain in domains):
+        return UNKNOWN
+    rows = [model.accuracy[domain] for domain in domains]
+    seeds = [seed for seed in rows[0].per_seed if all(seed in row.per_seed for row in rows)] if rows else []
+    if len(seeds) > 1:
+        return Estimate.of({seed: sum(row.per_seed[seed] for row in rows) / len(rows) for seed in seeds})
+    return Estimate(mean=mean({domain: row.mean for domain, row in zip(domains, rows, strict=True)}))
 
 
 def _best(estimates: Sequence[Estimate | None]) -> float | None:

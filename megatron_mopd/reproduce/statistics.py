@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_mopd.evaluation.statistics import t_interval
@@ -16,9 +16,9 @@ class Estimate:
 
     mean: float
     """nan when no seed has the figure."""
-    interval: tuple[float, float] | None
+    interval: tuple[float, float] | None = None
     """95 %, mean +- t s / sqrt(n), of the mean of further seeds' distribution; None with fewer than two seeds."""
-    per_seed: Mapping[int, float]
+    per_seed: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, per_seed: Mapping[int, float]) -> Estimate:
@@ -26,6 +26,10 @@ class Estimate:
         count = len(values)
         mean = math.fsum(values) / count if count else math.nan
         return cls(mean=mean, interval=t_interval(values), per_seed=dict(per_seed))
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.mean)
 
     @property
     def half_width(self) -> float | None:

@@ -12,19 +12,18 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from kernels import VocabShard, linear_divergence, token_logprob, topk_divergence
+from kernels import VocabShard, linear_divergence, linear_support, token_logprob, topk_divergence
 from megatron_mopd import losses
 from megatron_mopd.config import ObjectiveSpec, RunConfig
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.model import forward_hidden, output_weight
-from megatron_mopd.student.top_tokens import top_tokens
 from megatron_mopd.types import NO_SCORES, MicroBatch, TeacherScores
 
 METRICS = {
     "cross_entropy": ("token_loss", "entropy"),
     "grpo": ("token_loss", "entropy", "ratio", "clip_share"),
     "sampled": ("token_loss", "entropy", "reverse_kl", "advantage", "clip_share"),
-    "teacher_topk": ("token_loss", "entropy", "reverse_kl", "teacher_mass"),
+    "teacher_topk": ("token_loss", "entropy", "reverse_kl", "student_mass", "teacher_mass"),
     "full_vocab": ("token_loss", "entropy", "reverse_kl"),
 }
 """objective kind -> the per-token quantities that are reported, averaged per domain; the loss comes first."""
@@ -94,7 +93,7 @@ def score(
             return TeacherScores(hidden=rows)
         shard = vocab_shard(model, vocab_size, world)
         if objective.kind == "teacher_topk":
-            top = top_tokens(rows, output_weight(model), objective.top_k, shard)
+            top = linear_support(None, None, rows, output_weight(model), objective.top_k, shard=shard)
             return TeacherScores(topk_ids=top.ids, topk_logprobs=top.logprobs)
         return TeacherScores(logprobs=token_logprob(rows, output_weight(model), batch.targets, shard=shard).logprob)
 
@@ -200,12 +199,23 @@ class LossStep:
         self, batch: MicroBatch, teacher: TeacherScores, rows: Tensor, weight: Tensor, shard: VocabShard
     ) -> tuple[losses.Loss, Tensor]:
         assert teacher.topk_ids is not None and teacher.topk_logprobs is not None
-        divergence = topk_divergence(
-            rows, teacher.topk_ids, teacher.topk_logprobs, student_weight=weight, form="raw", shard=shard
+        stats = topk_divergence(
+            rows,
+            teacher.topk_ids,
+            teacher.topk_logprobs,
+            student_weight=weight,
+            form="raw",
+            shard=shard,
+            return_stats=True,
         )
-        with torch.no_grad():
-            entropy = token_logprob(rows, weight, batch.targets, shard=shard).entropy
-        return losses.teacher_topk(divergence, teacher.topk_logprobs, batch.weights), entropy
+        loss = losses.teacher_topk(
+            stats.divergence,
+            batch.weights,
+            reverse_kl=stats.reverse_kl,
+            student_mass=stats.student_mass,
+            teacher_mass=stats.teacher_mass,
+        )
+        return loss, stats.student_entropy
 
     def _per_domain(self, batch: MicroBatch, rows: Mapping[str, Tensor]) -> Tensor:
         """[len(metrics) + 3, domains] sums over the rows of one micro-batch."""

@@ -86,8 +86,8 @@ def test_random_teachers_have_no_correct_answer(
     arguments = ["sample", str(sampled / "sample.yaml"), "--out", str(tmp_path / "x"), "--keep", "correct", "steps=1"]
     assert main(arguments) == 2
     assert "domains.a: none of 8 answers is correct; use --keep all" in capfd.readouterr().err
-    assert main([*arguments, "prompts_per_step=2", "optim.updates_per_step=1"]) == 2
-    assert "domains.c: no prompt was drawn; raise steps, prompts_per_step or its weight" in capfd.readouterr().err
+    assert main([*arguments[:4], "steps=1", "prompts_per_step=2"]) == 2
+    assert "domains.c: has no prompt in so few steps" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

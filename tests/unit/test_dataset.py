@@ -234,7 +234,10 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path, tokenizer: Tokenizer) ->
         state = DomainState()
         with pytest.raises(ConfigError, match="none of the 6 answers of domain 'a' can be used"):
             short.next(state, NOTHING)
-        assert state.too_long == 6
+        assert state.too_long == 12
+    one = frozenset({f"q{index}" for index in range(5)})  # wherever it lies in an epoch, it is found
+    state = DomainState()
+    assert {feed.next(state, one).record["id"] for _ in range(20)} == {"a/5"}
 
 
 def test_the_mixer_draws_from_the_dataset_and_resumes(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from kernels import VocabShard, support, topk_divergence
+from kernels import support, topk_divergence
 from megatron_mopd import losses
-from megatron_mopd.student.top_tokens import top_tokens
 
 WEIGHTS = torch.tensor([0.5, 0.5, 1.0])
 
@@ -97,10 +96,22 @@ def test_teacher_topk_by_hand() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])).requires_grad_()
     top = support(None, torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.6, 0.3]])), 2)
     assert top.ids.tolist() == [[0, 1], [1, 2]]
-    loss = losses.teacher_topk(topk_divergence(logits, top.ids, top.logprobs), top.logprobs, torch.tensor([0.5, 1.0]))
+    stats = topk_divergence(logits, top.ids, top.logprobs, return_stats=True)
+    loss = losses.teacher_topk(
+        stats.divergence,
+        torch.tensor([0.5, 1.0]),
+        reverse_kl=stats.reverse_kl,
+        student_mass=stats.student_mass,
+        teacher_mass=stats.teacher_mass,
+    )
     # Token 0: 0.5 log(0.5 / 0.6) - 0.5 + 0.6; token 1 agrees; the second row agrees altogether.
-    assert loss.rows["reverse_kl"].tolist() == pytest.approx([0.5 * math.log(0.5 / 0.6) + 0.1, 0.0], abs=1e-7)
-    assert loss.total.item() == pytest.approx(0.5 * (0.5 * math.log(0.5 / 0.6) + 0.1), rel=1e-5)
+    expected_loss = 0.5 * math.log(0.5 / 0.6) + 0.1
+    assert loss.rows["token_loss"].tolist() == pytest.approx([expected_loss, 0.0], abs=1e-7)
+    assert loss.total.item() == pytest.approx(0.5 * expected_loss, rel=1e-5)
+    # One token is left: with it as the third, the reverse KL is that of the whole vocabulary.
+    whole = 0.5 * math.log(0.5 / 0.6) + 0.2 * math.log(0.2 / 0.1)
+    assert loss.rows["reverse_kl"].tolist() == pytest.approx([whole, 0.0], abs=1e-6)
+    assert loss.rows["student_mass"].tolist() == pytest.approx([0.8, 0.9])
     assert loss.rows["teacher_mass"].tolist() == pytest.approx([0.9, 0.9])
     loss.total.backward()
     # d/dlog p of p log(p/q) - p is h = p log(p/q); through the softmax, h_j - p_j sum h.
@@ -108,21 +119,6 @@ def test_teacher_topk_by_hand() -> None:
     assert logits.grad is not None
     expected = torch.tensor([[h - 0.5 * h, -0.3 * h, -0.2 * h], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("chunk_rows", [None, 1, 4])
-def test_top_tokens_are_those_of_the_whole_softmax(chunk_rows: int | None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(9, 5, generator=generator), torch.randn(17, 5, generator=generator)
-    found = top_tokens(hidden, weight, 3, VocabShard.whole(17), chunk_rows=chunk_rows)
-    values, ids = (hidden.double() @ weight.double().T).log_softmax(-1).topk(3)
-    assert found.ids.tolist() == ids.tolist()
-    torch.testing.assert_close(found.logprobs.double(), values, rtol=0, atol=1e-6)
-
-
-def test_top_tokens_of_no_row() -> None:
-    found = top_tokens(torch.zeros(0, 5), torch.zeros(17, 5), 3, VocabShard.whole(17))
-    assert found.ids.shape == found.logprobs.shape == (0, 3)
 
 
 def test_sampled_gradient_is_an_unbiased_estimate_of_the_full_one() -> None:

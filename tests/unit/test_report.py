@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_mopd.compute import Compute
 from megatron_mopd.report import Comparison, accuracy_table, mean, normalised, write_summary
 from megatron_mopd.report_page.read_summary import read_summary
 
@@ -64,20 +65,31 @@ def test_the_table_has_a_row_per_model_and_the_score() -> None:
 
 
 def test_the_summary_is_a_study_that_the_report_reads(tmp_path: Path) -> None:
-    seconds = {"base": 12.34567, "mopd": 60, "sorter": 7}
-    write_summary(tmp_path / "summary.json", COMPARISON, seed=3, seconds=seconds, runs={"mopd": "mopd"})
+    cost = {name: Compute(generated_tokens=7, seconds=size) for size, name in enumerate(("base", "adder", "sorter"), 2)}
+    cost["mopd"] = Compute(generated_tokens=8, trained_tokens=9, teacher_tokens=10, seconds=60.5)
+    write_summary(
+        tmp_path / "summary.json",
+        COMPARISON,
+        seed=3,
+        compute=cost,
+        runs={"mopd": "mopd"},
+        seconds={"sft": 12.34567},
+    )
     (tmp_path / "mopd").mkdir()
     study = read_summary(tmp_path)
-    assert (study.domains, study.seeds, study.scaling) == (("add", "sort"), ("3",), ())
+    assert (study.domains, study.seeds, study.scaling) == (("add", "sort"), (3,), ())
     assert [study.base_accuracy(domain).mean for domain in study.domains] == [0.5, 0.6]
     assert [study.teacher_accuracy(domain).mean for domain in study.domains] == [0.9, 0.6]
     assert {teacher.name: teacher.domains for teacher in study.teachers} == {"adder": ("add",), "sorter": ("sort",)}
-    assert [teacher.compute for teacher in study.teachers] == [{}, {"seconds": 7}]
+    assert [teacher.compute["seconds"] for teacher in study.teachers] == [3, 4]
     (mopd,) = study.methods
     assert (mopd.score.mean, mopd.score.interval) == (pytest.approx(0.75), None)
-    assert mopd.score.per_seed == {"3": pytest.approx(0.75)}
+    assert mopd.score.per_seed == {3: pytest.approx(0.75)}
     assert mopd.domain_scores["add"].mean == pytest.approx(0.75)
     assert not mopd.domain_scores["sort"].known and mopd.domain_scores["sort"].per_seed == {}
     assert {domain: entry.mean for domain, entry in mopd.model.accuracy.items()} == {"add": 0.8, "sort": 0.7}
-    assert mopd.runs == {"3": tmp_path / "mopd"}
-    assert json.loads((tmp_path / "summary.json").read_text())["base"]["compute"] == {"seconds": 12.346}
+    assert mopd.runs == {3: tmp_path / "mopd"}
+    assert list(mopd.compute.values()) == [8, 9, 10, 60.5]
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["base"]["compute"]["seconds"] == 2
+    assert written["seconds"] == {"sft": 12.346}

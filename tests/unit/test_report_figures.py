@@ -59,12 +59,12 @@ def test_the_published_top_k_and_the_spread_of_mopd() -> None:
 
 
 def test_a_summary_is_read_as_it_is_written(study: Study) -> None:
-    assert (study.title, study.domains, study.seeds) == ("Made up", ("add", "sort"), ("0", "1"))
+    assert (study.title, study.domains, study.seeds) == ("Made up", ("add", "sort"), (0, 1))
     assert study.teacher_accuracy("sort").mean == 0.8 and study.teacher_accuracy("add").interval == (0.89, 0.91)
     assert not study.teacher_accuracy("none").known
     mopd = study.methods[2]
     assert (mopd.name, mopd.label, mopd.family, mopd.score.mean) == ("mopd", "MOPD full", "mopd", 0.956)
-    assert mopd.score.per_seed == {"0": pytest.approx(0.934), "1": pytest.approx(0.978)}
+    assert mopd.score.per_seed == {0: pytest.approx(0.934), 1: pytest.approx(0.978)}
     assert mopd.compute == {"generated_tokens": 7300, "trained_tokens": 7400, "teacher_tokens": 7500, "seconds": 66}
     assert [path.name for path in mopd.runs.values()] == ["mopd0", "mopd1"]
     assert mopd.model.perplexity is not None and mopd.model.perplexity.mean == pytest.approx(21.456)
@@ -91,25 +91,26 @@ def test_a_teacher_may_have_several_domains_or_none(tmp_path: Path) -> None:
 
 
 def _values(points: list[Point]) -> list[tuple[float, ...]]:
-    return [tuple(round(value, 9) for value in (p.x, p.mean, p.low, p.high)) for p in points]
+    return [tuple(round(value, 9) for value in (p.x, p.value.mean, *(p.value.interval or ()))) for p in points]
 
 
 def _curve(sources: Sources, name: str) -> Curve:
     return next(curve for curve in sources.curve_sets[0].curves if curve.name == name)
 
 
-def test_curves_are_means_and_ranges_of_the_seeds_over_their_tokens(sources: Sources) -> None:
+def test_curves_are_means_and_intervals_of_the_seeds_over_their_tokens(sources: Sources) -> None:
     mopd = _curve(sources, "mopd")
-    # 100 + 140 + 160 = 400 tokens in seed 0, 460 in seed 1.
-    assert _values(mopd.points("accuracy", "add", over_tokens=True)) == [(0, 0.55, 0.5, 0.6), (430, 0.85, 0.8, 0.9)]
-    assert _values(mopd.points("accuracy", "add", over_tokens=False)) == [(0, 0.55, 0.5, 0.6), (3, 0.85, 0.8, 0.9)]
-    assert _values(mopd.mean_points("accuracy", over_tokens=True)) == [(0, 0.425, 0.4, 0.45), (430, 0.725, 0.7, 0.75)]
+    # 100 + 140 + 160 = 400 tokens in seed 0, 460 in seed 1. Two seeds, 0.1 apart: t s / sqrt(2) = 12.7062 * 0.05.
+    half = 0.63531
+    start, end = (0, 0.55, 0.55 - half, 0.55 + half), (0.85, 0.85 - half, 0.85 + half)
+    for tokens, last in ((True, 430), (False, 3)):
+        points = _values(mopd.points("accuracy", "add", over_tokens=tokens))
+        assert points == [pytest.approx(start), pytest.approx((last, *end))]
+    means = [point.value.mean for point in mopd.mean_points("accuracy", over_tokens=True)]
+    assert means == pytest.approx([0.425, 0.725])
     # A train line's value is that of the step's start: before it 0, 110 and 260 tokens.
-    assert _values(mopd.points("reverse_kl", "add", over_tokens=True)) == [
-        (0, 0.4, 0.4, 0.4),
-        (110, 0.2, 0.2, 0.2),
-        (260, round(0.4 / 3, 9), round(0.4 / 3, 9), round(0.4 / 3, 9)),
-    ]
+    divergence = mopd.points("reverse_kl", "add", over_tokens=True)
+    assert _values(divergence) == [(0, *[0.4] * 3), (110, *[0.2] * 3), (260, *[round(0.4 / 3, 9)] * 3)]
     assert mopd.points("reverse_kl", "none", over_tokens=True) == []
 
 

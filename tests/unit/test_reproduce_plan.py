@@ -261,10 +261,7 @@ def test_only_one_method(config: Path) -> None:
         (["teachers.a.start=mopd"], "seed0/teachers.a needs seed0/mopd needs seed0/teachers.a: a cycle"),
         (["methods.mopd.start=off.sample"], "methods.mopd.start: node 'off.sample' makes a dataset"),
         (["methods.off.dataset=base"], "methods.off.dataset: node 'base' makes a model"),
-        (
-            ["methods.off.dataset=null", "methods.off.rollouts=0"],
-            "seed0/off: rollout.dataset: -: no such file; make it",
-        ),
+        (["methods.off.dataset=null", "methods.off.rollouts=0"], "seed0/off: rollout.dataset: -: no such file; make"),
         (["methods.mopd.merge=x.yaml"], "methods.mopd: give exactly one of run, sample and merge"),
         (["methods.mopd.family=best"], "methods.mopd.family: expected one of merge, rl, off_policy, mopd"),
         (["methods.mopd.overrides=[stepz=3]"], "methods.mopd: .*mopd.yaml: unknown key 'stepz'. Did you mean 'steps'"),
