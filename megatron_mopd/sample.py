@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +61,7 @@ def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
         stop_world()
         return {}
     with writing(Path(out), origin_of(inputs.tokenizer, weights, keep)) as writer:
-        cost = _write(answers, writer, keep)
+        cost = write_answers(answers, writer, keep)
         for name in config.domains:
             if name not in cost.sampled:
                 raise ConfigError(f"domains.{name}: has no prompt in so few steps; raise steps or prompts_per_step")
@@ -73,7 +73,8 @@ def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
             "generated_tokens": cost.generated_tokens, "seconds": cost.seconds}  # fmt: skip
 
 
-def _write(answers: Iterator[Sequence[Rollout]], writer: DatasetWriter, keep: Keep) -> Cost:
+def write_answers(answers: Iterable[Sequence[Rollout]], writer: DatasetWriter, keep: Keep) -> Cost:
+    """Write them as they come, `correct`: those with the full score alone. What all of them cost, for the footer."""
     started, tokens = time.monotonic(), 0
     sampled: Counter[str] = Counter()
     left_out: Counter[str] = Counter()

@@ -36,7 +36,7 @@ def node_cost(node: Node) -> Cost:
     reads = tree["stage"] == "sft" or tree["rollout"]["engine"] == "dataset"
     return Cost(
         steps=tree["steps"],
-        rollouts=0 if node.kind == "run" and reads else answers,
+        rollouts=0 if reads else answers,
         most_tokens=math.ceil(answers * mean_length),
     )
 

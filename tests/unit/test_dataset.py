@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_mopd.compute import Compute, read_compute
@@ -17,8 +18,9 @@ from megatron_mopd.domains.stored_feed import StoredFeed
 from megatron_mopd.rollout.engine import Sampling
 from megatron_mopd.rollout.stored_answers import StoredAnswers
 from megatron_mopd.run_identity import check_same_run, run_identity
+from megatron_mopd.sample import write_answers
 from megatron_mopd.tokenizer import Tokenizer
-from megatron_mopd.types import Prompt
+from megatron_mopd.types import Prompt, Rollout
 from megatron_mopd.yaml_config import ConfigError
 
 MODEL = Path(__file__).parents[2] / "configs" / "tiny" / "model"
@@ -68,6 +70,36 @@ def config(path: Path, **domain: int) -> RunConfig:
         optim=OptimSpec(lr=1e-3),
         rollout=RolloutSpec(engine="dataset", dataset=str(path)),
     )
+
+
+def test_only_correct_answers_are_kept_and_all_are_paid_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prompts = [
+        Prompt(id=f"{domain}/{index}", domain=domain, token_ids=np.array([5, 6]), answer="", max_response_tokens=8)
+        for domain, index in (("a", 0), ("a", 1), ("b", 0))
+    ]
+    rewards = (1.0, 0.5, 1.0 - 1e-9)  # half a point is not correct; the last bits are rounding
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            sample=0,
+            token_ids=np.array([5, 6, 20, *[21] * index, 1]),
+            loss_mask=np.arange(4 + index) >= 2,
+            rollout_logprobs=np.zeros(4 + index, np.float32),
+            policy_version=0,
+            finish_reason="stop",
+            reward=reward,
+        )
+        for index, (prompt, reward) in enumerate(zip(prompts, rewards, strict=True))
+    ]
+    for keep, ids in (("correct", ["a/0", "b/0"]), ("all", ["a/0", "a/1", "b/0"])):
+        path = tmp_path / f"{keep}.jsonl"
+        with writing(path, origin_of(tokenizer, {}, keep)) as writer:
+            cost = write_answers([rollouts[:2], [], rollouts[2:]], writer, keep)  # type: ignore[arg-type]
+            writer.finish(cost)
+        dataset = Dataset.load(path, VOCABULARY)
+        assert [dataset.answer(name, index).id for name in "ab" for index in range(dataset.size(name))] == ids
+        assert (cost.answers, cost.sampled, cost.generated_tokens) == (len(ids), {"a": 2, "b": 1}, 2 + 3 + 4)
+        assert cost.left_out == {"a": 3 - len(ids), "b": 0}
 
 
 def test_round_trip(tmp_path: Path, tokenizer: Tokenizer) -> None:
