@@ -156,6 +156,8 @@ class _Workers:
 
 def _start(item: StoredNode, stored: Mapping[str, StoredNode]) -> _Running:
     item.folder.mkdir(parents=True, exist_ok=True)
+    if item.node.kind == "sample":  # complete, but killed before node.json was: the command overwrites nothing
+        item.output.unlink(missing_ok=True)
     (item.folder / "node.yaml").write_text(dump_yaml(file_of(item, stored)), encoding="utf-8")
     arguments = command_of(item, stored)
     with (item.folder / "log.txt").open("a", encoding="utf-8") as log:

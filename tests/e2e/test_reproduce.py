@@ -148,6 +148,20 @@ def test_killed_three_times_and_the_same_to_the_last_digit(smooth: tuple[Path, s
     assert tables[0] == tables[1]
 
 
+def test_killed_between_an_output_and_its_record(smooth: tuple[Path, str]) -> None:
+    config, _ = smooth
+    names = ("off.sample", "arithmetic", "arithmetic.eval", "off")  # a sample, a merge, an evaluation, a run
+    records = [next(config.parent.glob(f"run/seed0/{name}-????????/node.json")) for name in names]
+    before = figures(config)
+    for record in records:
+        record.unlink()
+    code, output = reproduce(config, "--seeds", "1")
+    assert code == 0, output
+    assert f"made {len(names)} of {NODES} nodes" in output
+    assert all(record.exists() for record in records)
+    assert figures(config) == before
+
+
 def test_a_second_call_does_nothing_and_says_so(smooth: tuple[Path, str]) -> None:
     config, output = smooth
     before = {path: path.stat().st_mtime_ns for path in config.parent.glob("run/seed*/**/*")}
