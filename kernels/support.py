@@ -190,7 +190,8 @@ def _local_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[C, rows] -> the k (or all) largest and their places, largest first, of equals the lowest place."""
     values, places = logits.topk(min(k, logits.shape[1]), dim=-1)
     if values.shape[1]:
-        # torch.topk leaves open which of several equals it takes where not all find room: those rows are sorted.
+        # torch.topk leaves open which of several equals it takes where not all find room: those rows are sorted. On a
+        # GPU the look at them waits for the queue.
         last = values[:, -1:]
         tied = (logits == last).sum(-1) > (values == last).sum(-1)
         if tied.any():
