@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.dispatch import Implementation, row_kernels
 from kernels.objective import FLOATS, accumulation_dtype, check_temperature
 from kernels.output_layer import check_layer
-from kernels.partials import combine_tokens
+from kernels.partials import PACKETS, combine_tokens
 from kernels.rows_torch import EMPTY_SHARD_MAX
 from kernels.selected import FromLayer, FromLogits, TokenJob
 from kernels.shard import VocabShard
@@ -153,7 +153,7 @@ def _search_layer(hidden: Tensor, weight: Tensor, k: int, job: TokenJob) -> tupl
     """As `_search_logits`, and their log-probs [T, k]. One all-gather of [3 + 2 k, T]: m, Z, A of `rows_torch`, too."""
     blocks, shard = job.layer_blocks(hidden, weight), job.shard
     packet = _nothing(2 * k, len(hidden), blocks.dtype, hidden.device, shard)
-    sums = []
+    sums: list[Tensor] = []
     for slab in blocks.slabs:
         part = torch.zeros(3, len(hidden), dtype=blocks.dtype, device=hidden.device)
         part[0] = EMPTY_SHARD_MAX
@@ -169,7 +169,9 @@ def _search_layer(hidden: Tensor, weight: Tensor, k: int, job: TokenJob) -> tupl
             before, count = packet[:, chunk], values.shape[1]
             candidates = torch.cat((before[:k], found[:count])), torch.cat((before[k:], found[count:]))
             packet[:, chunk] = torch.cat(_largest(*candidates, k, shard))
-        sums.append(part)
+        sums.append(part.double())
+        if len(sums) == PACKETS:
+            sums = [combine_tokens(torch.stack(sums), False)]
     own = torch.cat((combine_tokens(torch.stack(sums), False).to(blocks.dtype), packet))
     gathered = shard.gather(own)
     values, ids = _merged(gathered[:, 3:], k, shard)
@@ -188,7 +190,8 @@ def _local_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[C, rows] -> the k (or all) largest and their places, largest first, of equals the lowest place."""
     values, places = logits.topk(min(k, logits.shape[1]), dim=-1)
     if values.shape[1]:
-        # torch.topk leaves open which of several equals it takes where not all find room: those rows are sorted.
+        # torch.topk leaves open which of several equals it takes where not all find room: those rows are sorted. On a
+        # GPU the look at them waits for the queue.
         last = values[:, -1:]
         tied = (logits == last).sum(-1) > (values == last).sum(-1)
         if tied.any():

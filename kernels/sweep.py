@@ -103,7 +103,8 @@ def jsd(job: Job, blocks: Blocks, lse: Tensor) -> Tensor:
         for chunk in blocks.chunks:
             student, teacher = blocks.student(slab, chunk), blocks.teacher(slab, chunk)
             sums[:, chunk] += job.kernels.jsd_sums(student, teacher, lse[:, chunk], job.objective.beta)
-    return job.shard.gather(sums.to(blocks.dtype)).double().sum(0)
+    found = job.shard.gather(sums.to(blocks.dtype)).double().sum(0)
+    return found + 0.0 * found.flip(0)  # a NaN of the teacher's reaches the gradient through KL(p || m) only
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from kernels import reference
+from kernels import DivergenceKind, VocabShard, divergence, reference, token_logprob
+from kernels.dispatch import Implementation
 from tests.kernels.problems import Problem, expected, joined, relative_error, solve
 from tests.kernels.ranks import Ranks
-from tests.kernels.shares import Share, draw, errors, share_expected, solve_share
+from tests.kernels.shares import Share, columns, draw, errors, share_expected, solve_share
 from tests.kernels.test_linear import Case, check, expected_case
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "mixed")
@@ -81,6 +84,31 @@ def test_tokens(ranks: Ranks, size: int, impl: str, name: str) -> None:
         value, gradient = errors(ranks.run(size, solve_share, topk, "topk"), share_expected(topk, "topk"))
         assert value < values, topk
         assert gradient < gradients, topk
+
+
+def solve_with_nan(group: ProcessGroup, kind: DivergenceKind, impl: Implementation) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence, gradients of it and of log-probs; the student has a NaN in row 1, the teacher in 3."""
+    drawn = draw(Share(tokens=5))
+    student, teacher = drawn.student.clone(), drawn.teacher.clone()
+    student[1, 20], teacher[3, 140] = torch.nan, torch.nan
+    shard = VocabShard.of_rank(-(-151 // group.size()), 151, group)
+    z, t = (columns(each, shard, shard.rows, False) for each in (student, teacher))
+    z.requires_grad_()
+    value = divergence(z, t, kind, shard=shard, impl=impl)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    logprob = token_logprob(z, None, drawn.token_ids, shard=shard, impl=impl).logprob
+    return value.detach(), gradient, torch.autograd.grad(logprob.sum(), z)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_nan_is_its_row_s_alone(ranks: Ranks, size: int, impl: Implementation, kind: DivergenceKind) -> None:
+    bad = torch.tensor([False, True, False, True, False])
+    for value, gradient, of_logprob in ranks.run(size, solve_with_nan, kind, impl):
+        assert torch.equal(value.isnan(), bad)
+        assert gradient[bad].isnan().all() and gradient[~bad].isfinite().all()
+        assert of_logprob[1].isnan().all() and of_logprob[[0, 2, 3, 4]].isfinite().all()
 
 
 LAYERS = {

@@ -234,15 +234,36 @@ def test_main_grad_of_two_micro_batches(gradient: str, flag: bool) -> None:
         assert weight.grad is None
 
 
-def test_statistics_are_those_of_the_logits() -> None:
+def solve_statistics(group: ProcessGroup, gradient: str, small_blocks: bool) -> tuple[Tensor, ...]:
     hidden, weight, states, heads, _, _ = tensors(Case())
-    ids = torch.arange(TOKENS)
-    stats = linear_divergence(hidden, weight, states[0], heads[0], token_ids=ids, return_stats=True)
+    shard = VocabShard.of_rank(-(-151 // dist.get_world_size(group)), 151, group)
+    weight, head = (local_rows(each, shard, shard.rows) for each in (weight, heads[0]))
+    if small_blocks:
+        layer_blocks.BLOCK_ELEMENTS, layer_blocks.SMALLEST_SLAB = 64, 8
+    try:
+        found = linear_divergence(
+            hidden.requires_grad_(), weight, states[0], head, "forward_kl", shard=shard,
+            token_ids=torch.arange(TOKENS) * 12, chunk_tokens=4 if small_blocks else None,
+            gradient=gradient, return_stats=True,  # type: ignore[arg-type]
+        )  # fmt: skip
+    finally:
+        layer_blocks.BLOCK_ELEMENTS, layer_blocks.SMALLEST_SLAB = 1 << 22, 1024
+    kept = found.reverse_kl, found.student_entropy, found.teacher_entropy, found.student_logprob, found.teacher_logprob
+    assert found.agreement is not None
+    return (*(each for each in kept if each is not None), found.agreement.double())
+
+
+@pytest.mark.parametrize("small_blocks", [False, True])
+@pytest.mark.parametrize("gradient", ["recompute", "in_forward"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_statistics_are_those_of_the_logits(ranks: Ranks, size: int, gradient: str, small_blocks: bool) -> None:
+    """Also of tokens and maxima in later blocks of the vocabulary."""
+    hidden, weight, states, heads, _, _ = tensors(Case(dtype=torch.float64))
+    ids = torch.arange(TOKENS) * 12
     want = reference.statistics(hidden @ weight.T, states[0] @ heads[0].T, ids, 1.0)
-    assert stats.agreement is not None and stats.teacher_logprob is not None and stats.teacher_entropy is not None
-    assert torch.equal(stats.agreement.float(), want[5])
-    torch.testing.assert_close(stats.teacher_logprob, want[4], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stats.teacher_entropy, want[2], rtol=1e-5, atol=1e-5)
+    assert 0.0 < want[5].mean() < 1.0
+    for found in ranks.run(size, solve_statistics, gradient, small_blocks):
+        torch.testing.assert_close(torch.stack([each.double() for each in found]), want, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_in_forward_needs_one_upstream_gradient() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import VocabShard, layer_blocks, linear_divergence, token_logprob
+from kernels import VocabShard, dispatch, layer_blocks, linear_divergence, rows_cpp, rows_torch, token_logprob
 from tests.kernels.problems import Problem, expected, make_inputs, relative_error
 
 
@@ -72,6 +72,15 @@ def test_sums_of_slabs_are_merged_as_they_come(monkeypatch: pytest.MonkeyPatch) 
         got = torch.autograd.grad(both(32), leaves)
     assert largest.elements == 1000 * 32
     assert max(map(relative_error, got, want)) < 1e-6
+
+
+def test_small_problems_take_torch() -> None:
+    """Of a few logits a call of the C++ library, or building it, would cost more than it brings."""
+    small, large = dispatch.WORTH_COMPILING - 1, 2 * dispatch.WORTH_COMPILING
+    cpu = torch.device("cpu")
+    assert dispatch.row_kernels("auto", cpu, torch.float32, small) is rows_torch
+    assert dispatch.row_kernels("auto", cpu, torch.float16, large) is rows_torch
+    assert dispatch.row_kernels("auto", cpu, torch.bfloat16, large) is rows_cpp
 
 
 def test_default_blocks_grow_with_nothing() -> None:

@@ -61,6 +61,8 @@ def test_tokens_by_hand() -> None:
     parts = [[third, 1.0, 0.0, 0.0, 4.0], [0.0, 2.0, 0.0, 0.25, 8.0], [-1e30, 0.0, 0.0, 0.0, 9.0]]
     found = combine_tokens(numbers(parts), True)[:, 0].tolist()
     assert found == pytest.approx([third, 1.0 + 2.0 / 3.0, -2.0 / 3.0 * third, 0.25, 4.0], rel=1e-15)
+    equal = numbers([[1.0, 1.0, 0.0, 0.0, 4.0], [1.0, 1.0, 0.0, 0.0, 8.0]])
+    assert combine_tokens(equal, True)[-1].item() == 4.0  # the lowest id
 
 
 def test_one_part_is_itself() -> None:

@@ -12,6 +12,7 @@ from tests.kernels.problems import Problem, expected, joined, relative_error, so
 from tests.kernels.ranks import Ranks
 from tests.kernels.shares import Share, errors, share_expected, solve_share
 from tests.kernels.test_linear import Case, check
+from tests.kernels.test_support import find, wanted
 
 KINDS = ("reverse_kl", "forward_kl", "jsd", "mixed")
 
@@ -101,6 +102,13 @@ def test_from_hidden_states(ranks: Ranks, operation: str) -> None:
     assert relative_error(got.value, want.value) < 5e-6
     assert relative_error(got.hidden_grad, want.hidden_grad) < 2e-5
     assert relative_error(got.weight_grad, want.weight_grad) < 2e-5
+
+
+def test_support_from_hidden_states(ranks: Ranks) -> None:
+    ids, logprobs = wanted(torch.float32, True, 6, "union")
+    for found in ranks.run(2, find, torch.float32, True, 6, "union", "triton", 80, False):
+        assert torch.equal(found.ids, ids)
+        torch.testing.assert_close(found.logprobs.double(), logprobs, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize(("teachers", "gradient"), [("routed", "in_forward")])
