@@ -80,10 +80,10 @@ def test_sums(noise: float, offsets: tuple[float, float]) -> None:
 @pytest.mark.parametrize(("noise", "offset", "tolerance"), [(0.03, 0.0, 5e-5), (0.03, 40.0, 5e-5), (3e-3, 0.0, 5e-4)])
 def test_small_divergence(noise: float, offset: float, tolerance: float) -> None:
     """A KL of 1e-4 to 5e-5 of itself and one of 1e-6 to 5e-4, in every row, whole and in two shards."""
-    student, teacher = logits(24, WIDE, noise, (offset, -offset))
+    student, teacher = logits(12, WIDE, noise, (offset, -offset))
     want = kl(student, teacher)
     heavy = want > 0.08 * noise**2
-    assert heavy.sum() >= 12
+    assert heavy.sum() >= 6
     for cuts in ([WIDE], [5000, WIDE - 5000]):
         pairs = zip(student.split(cuts, 1), teacher.split(cuts, 1), strict=True)
         found = merged([rows_triton.divergence_sums(s, t, both=True) for s, t in pairs])["reverse"]

@@ -133,11 +133,10 @@ def test_kinds(ranks: Ranks, size: int, kind: DivergenceKind) -> None:
     check(ranks, size, Case(kind=kind, temperature=1.3))
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_large_vocabulary_in_halves(ranks: Ranks, size: int) -> None:
+def test_large_vocabulary_in_halves(ranks: Ranks) -> None:
     """fp16 operands, fp32 logits; hidden sizes that are no multiple of a tile's."""
     case = Case(vocab=1000, hidden=21, teacher_hidden=33, dtype=torch.float16)
-    check(ranks, size, case, gradients=1e-3)  # of which 5e-4 is the rounding of the gradient to fp16
+    check(ranks, 2, case, gradients=1e-3)  # of which 5e-4 is the rounding of the gradient to fp16
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "mixed"])
