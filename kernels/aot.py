@@ -41,7 +41,6 @@ ONE_READ = Path(__file__).parent / "csrc" / "reverse_kl_sm90.cu"
 ONE_READ_LIMIT = 35.0
 """Instructions per column, sums and gradient together; there is time for 53 while 6 bytes move."""
 
-
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory a block can have on sm_90."""
 

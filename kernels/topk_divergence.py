@@ -93,11 +93,7 @@ def topk_divergence(
 
     Raises ValueError when shapes, dtypes or options do not fit, for an id outside the vocabulary or twice in a row.
     """
-    if kind not in ("reverse_kl", "forward_kl"):
-        raise ValueError(f"kind must be reverse_kl or forward_kl, got '{kind}'")
-    if form not in get_args(TopkForm):
-        raise ValueError(f"form must be one of {', '.join(get_args(TopkForm))}, got '{form}'")
-    check_temperature(temperature)
+    _check_options(kind, form, temperature)
     shard = shard or VocabShard.whole((student if student_weight is None else student_weight.t()).shape[-1])
     if student_weight is None:
         check_logits(student, shard)
@@ -123,11 +119,25 @@ def topk_divergence(
     value = weigh(reference.topk_divergence(*pair, kind, form, used), weights).to(dtype)
     if not return_stats:
         return value
-    with torch.no_grad():
-        kl = reference.topk_divergence(*pair, "reverse_kl", "tail", used).to(dtype)
-        student_mass, teacher_mass = (torch.where(used, each.exp(), 0.0).sum(-1).to(dtype) for each in pair)
-        logprob = None if token_ids is None else log_p[:, k].detach()
-        return TopkStats(value, kl, student_mass, teacher_mass, entropy, logprob)
+    return _with_statistics(value, *pair, used, entropy, None if token_ids is None else log_p[:, k].detach())
+
+
+@torch.no_grad()
+def _with_statistics(
+    value: Tensor, log_p: Tensor, log_q: Tensor, used: Tensor, entropy: Tensor, logprob: Tensor | None
+) -> TopkStats:
+    """Of float64 log-probs [T, k] on the support."""
+    kl = reference.topk_divergence(log_p, log_q, "reverse_kl", "tail", used).to(value.dtype)
+    student, teacher = (torch.where(used, each.exp(), 0.0).sum(-1).to(value.dtype) for each in (log_p, log_q))
+    return TopkStats(value, kl, student, teacher, entropy, logprob)
+
+
+def _check_options(kind: str, form: str, temperature: float) -> None:
+    if kind not in get_args(TopkKind):
+        raise ValueError(f"kind must be reverse_kl or forward_kl, got '{kind}'")
+    if form not in get_args(TopkForm):
+        raise ValueError(f"form must be one of {', '.join(get_args(TopkForm))}, got '{form}'")
+    check_temperature(temperature)
 
 
 def _check_support(ids: Tensor, logprobs: Tensor, student: Tensor, vocab_size: int) -> None:
