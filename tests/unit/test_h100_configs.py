@@ -260,8 +260,8 @@ def test_dry_run_prints_the_graph(project: Path, capsys: pytest.CaptureFixture[s
 def test_dry_run_names_the_file_that_is_missing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "data" / "swe_rl.jsonl").unlink()
     assert main(["reproduce", str(FOLDER / "reproduce.yaml"), "--dry-run"]) == 2
-    message = "mopd: error: seed0/teachers.swe: domains.swe.source.jsonl: data/swe_rl.jsonl: no such file\n"
-    assert capsys.readouterr().err == message
+    message = "mopd: error: seed0/teachers.swe: domains.swe.source.jsonl: data/swe_rl.jsonl: no such file"
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_every_number_has_its_source() -> None:
