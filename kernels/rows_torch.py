@@ -12,7 +12,6 @@ No collectives. Rows are worked through a few at a time, so that the temporaries
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,19 +33,8 @@ BLOCK_ELEMENTS = 1 << 19
 """2 MiB in fp32: three rows of a vocabulary of 151,936."""
 
 
-class DivergenceTerms(NamedTuple):
-    """One chunk's share: `sums` goes into the packet; the others rebuild the gradient without the logits."""
-
-    sums: Tensor
-    """[6, C]: m, Z, n, F, D, A; with `both` [8, C]: also E, B"""
-    exponentials: Tensor
-    """[C, rows] e^x"""
-    differences: Tensor
-    """[C, rows] x - y"""
-
-
-def divergence_terms(student: Tensor, teacher: Tensor, *, both: bool = False) -> DivergenceTerms:
-    """Sums over [C, rows] logits of one shard, in the accumulation dtype. Overwrites both arguments."""
+def _divergence_block(student: Tensor, teacher: Tensor, *, both: bool) -> Tensor:
+    """`divergence_sums` of a few rows in the accumulation dtype, not empty. Overwrites both arguments."""
     m = student.amax(-1).clamp_(min=EMPTY_SHARD_MAX)
     n = teacher.amax(-1).clamp_(min=EMPTY_SHARD_MAX)
     x = student.sub_(m[:, None])
@@ -63,7 +51,7 @@ def divergence_terms(student: Tensor, teacher: Tensor, *, both: bool = False) ->
     divergence = torch.mul(e, difference, out=x).sum(-1)
     # e^y - e^x as e^x (e^(y-x) - 1): subtracting the rounded exponentials would lose all of a small KL.
     excess = torch.neg(difference, out=x).expm1_().mul_(e).sum(-1)
-    return DivergenceTerms(torch.stack((m, e.sum(-1), n, excess, divergence, cross, *more)), e, difference)
+    return torch.stack((m, e.sum(-1), n, excess, divergence, cross, *more))
 
 
 def divergence_sums(student: Tensor, teacher: Tensor, *, both: bool) -> Tensor:
@@ -76,7 +64,7 @@ def divergence_sums(student: Tensor, teacher: Tensor, *, both: bool) -> Tensor:
         return sums
     for block in _blocks(student):
         copies = (logits[block].to(dtype, copy=True) for logits in (student, teacher))
-        sums[:, block] = divergence_terms(*copies, both=both).sums
+        sums[:, block] = _divergence_block(*copies, both=both)
     return sums
 
 
@@ -124,7 +112,7 @@ def token_sums(logits: Tensor, ids: Tensor, owned: Tensor) -> Tensor:
         sums[0] = EMPTY_SHARD_MAX
         return sums
     for block in _blocks(logits):
-        sums[:, block] = token_terms(logits[block].to(dtype, copy=True), ids[block], owned[block]).sums
+        sums[:, block] = _token_block(logits[block].to(dtype, copy=True), ids[block], owned[block])
     return sums
 
 
@@ -137,22 +125,13 @@ def token_gradient(logits: Tensor, ids: Tensor, owned: Tensor, rows: Tensor, out
     return out
 
 
-class TokenTerms(NamedTuple):
-    """One chunk's share for the log-prob of a token."""
-
-    sums: Tensor
-    """[4, C]: m, Z, A, z of the token (0 where another shard owns it)"""
-    exponentials: Tensor
-    """[C, rows] e^x"""
-
-
-def token_terms(logits: Tensor, ids: Tensor, owned: Tensor) -> TokenTerms:
-    """Sums over [C, rows] logits in the accumulation dtype, rows > 0. Overwrites logits."""
+def _token_block(logits: Tensor, ids: Tensor, owned: Tensor) -> Tensor:
+    """`token_sums` of a few rows in the accumulation dtype, not empty. Overwrites logits."""
     m = logits.amax(-1).clamp_(min=EMPTY_SHARD_MAX)
     chosen = torch.where(owned, logits.gather(1, ids[:, None])[:, 0], 0.0)
     x = logits.sub_(m[:, None]).clamp_(min=LOWEST)
     e = x.exp()
-    return TokenTerms(torch.stack((m, e.sum(-1), x.mul_(e).sum(-1), chosen)), e)
+    return torch.stack((m, e.sum(-1), x.mul_(e).sum(-1), chosen))
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
