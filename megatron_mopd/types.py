@@ -21,6 +21,7 @@ from torch import Tensor
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+ExpertArray = NDArray[np.int16]
 
 FinishReason = Literal["stop", "length"]
 
@@ -45,6 +46,16 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpan:
+    """Tokens [start, end) of a rollout that were sampled with the weights of `version`."""
+
+    version: int
+    """Number of optimizer updates that the weights had seen."""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One answer to one prompt, with all that is needed to judge it: nothing is matched by position.
 
@@ -61,8 +72,13 @@ class Rollout:
     rollout_logprobs: FloatArray
     """[T] log mu(token) under the distribution it was sampled from; 0 where not `loss_mask`."""
     policy_version: int
-    """Number of optimizer updates that the sampling weights had seen."""
+    """Number of optimizer updates that the sampling weights had seen; the oldest, where there are several."""
     finish_reason: FinishReason
+    weight_versions: tuple[WeightSpan, ...] = ()
+    """Which weights sampled which tokens, where they changed during the rollout; empty: all are of `policy_version`."""
+    routed_experts: ExpertArray | None = None
+    """[T, MoE layers, k] the experts that the rollout engine's routers chose for each token (R3, arXiv 2510.11370);
+    -1 throughout a row that it did not report (the last token's). None where nothing is replayed."""
     reward: float = 0.0
     """The verifier's score in [0, 1]; 0 when the domain was not verified."""
     outcome_advantage: float = 0.0
@@ -76,6 +92,11 @@ class Rollout:
             )
         if self.loss_mask[:1].any():
             raise ValueError(f"rollout of {self.prompt.id}: the first token has nothing before it to predict it")
+        if self.routed_experts is not None and len(self.routed_experts) != len(self.token_ids):
+            raise ValueError(
+                f"rollout of {self.prompt.id}: routed_experts has {len(self.routed_experts)} rows for "
+                f"{len(self.token_ids)} tokens"
+            )
 
     @property
     def domain(self) -> str:
