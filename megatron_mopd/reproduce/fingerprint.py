@@ -24,7 +24,7 @@ FILES = ("jsonl", "held_out", "dataset", "perplexity", "file")
 FOLDERS = ("hf_config", "checkpoint", "base")
 """Keys whose value is a file, or a folder with a model. A folder that does not exist is a name on the Hub."""
 COMMAND = "command"
-"""Key whose value is a verifier's program and its arguments: a script of the user's among them is part of the result."""
+"""Key whose value is a verifier's program and its arguments: a script of yours among them is part of the result."""
 SMALL = 1 << 16
 """Bytes up to which a file is read every time; the digest of a larger one is remembered with its size and time."""
 
