@@ -105,7 +105,7 @@ class ActivationShape:
 
 
 def in_flight(parallel: ParallelSpec, stage: int, microbatches: int) -> int:
-    """Micro-batches whose activations a stage holds at once under 1F1B (Narayanan et al., arXiv 2104.04473 sec. 2.2)."""
+    """Micro-batches whose activations a stage holds at once under 1F1B (arXiv 2104.04473 sec. 2.2)."""
     return max(1, min(parallel.pipeline - stage, microbatches))
 
 

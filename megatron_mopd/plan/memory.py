@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kernels.layer_blocks import KEPT_ELEMENTS
@@ -97,7 +96,7 @@ class Setting:
 
     @property
     def packing(self) -> Packing:
-        order: Sequence[str | None] = tuple(self.config.teachers) or (None,)
+        order: tuple[str | None, ...] = tuple(self.config.teachers) or (None,)
         return pack_longest(self.workload, order, self.data_ranks, self.max_tokens)
 
 

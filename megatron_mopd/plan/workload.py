@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +128,8 @@ class Packing:
     """Of the largest one."""
 
 
-def pack_longest(workload: Workload, order: Sequence[str | None], ranks: int, max_tokens: int) -> Packing:
+@functools.cache
+def pack_longest(workload: Workload, order: tuple[str | None, ...], ranks: int, max_tokens: int) -> Packing:
     """The micro-batches when every answer is as long as it may be: what memory must hold. By the packing of a step."""
     lengths, rows, teachers = [], [], []
     for domain in workload.domains:
