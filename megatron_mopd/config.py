@@ -57,12 +57,30 @@ class ModelSpec:
     """Folder or Hub name with safetensors, or a checkpoint of this program; null starts from random weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations; gradients and the optimizer are always fp32."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """GPU only: the student's linear layers multiply in fp8 (Transformer Engine); weights stay bfloat16, teachers are
+    scored in bfloat16. hybrid: e4m3 forward, e5m2 backward."""
+    fp8_recipe: Literal["blockwise", "tensorwise", "delayed"] = "blockwise"
+    """How values are scaled; blockwise is DeepSeek-V3's way (arXiv 2412.19437 sec. 3.3), with e4m3."""
+    gradient_accumulation_fusion: bool = False
+    """GPU only: weight gradients are added to the fp32 buffer by the product itself; needs NVIDIA's apex."""
 
     def __post_init__(self) -> None:
         require(
             self.hf_config is not None or self.checkpoint is not None,
             "hf_config and checkpoint are both missing; set hf_config to a folder with config.json",
         )
+        require(
+            self.fp8 is None or self.dtype == "bfloat16",
+            f"fp8: weights and activations outside the products are bfloat16, not {self.dtype}; set dtype: bfloat16",
+        )
+        if self.fp8 is None and self.fp8_recipe != "blockwise":
+            raise ConfigError(f"fp8_recipe: '{self.fp8_recipe}', but fp8 is off; set fp8 or remove it")
+
+    @property
+    def tokens_multiple(self) -> int:
+        """The products of fp8 take a multiple of 16 tokens on each tensor-parallel rank."""
+        return 1 if self.fp8 is None else 16
 
     @property
     def source(self) -> str:

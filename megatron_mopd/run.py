@@ -112,7 +112,7 @@ class Run:
             self.config,
             data_rank=self.world.data.rank,
             data_ranks=self.world.data.size,
-            multiple_of=self.world.tensor.size,
+            multiple_of=self.world.tensor.size * self.config.model.tokens_multiple,
             device=self.world.device,
         )
 
