@@ -15,6 +15,7 @@ from typing import Literal
 
 from megatron_mopd.data_config import BenchmarkSpec, DomainSpec, EvalSpec, SourceSpec, Split
 from megatron_mopd.method_config import ObjectiveSpec, RolloutSpec, Stage, check_method, sequential_steps
+from megatron_mopd.teacher_config import TeacherMemorySpec, TeacherSpec
 from megatron_mopd.yaml_config import (
     ConfigError,
     apply_overrides,
@@ -40,6 +41,7 @@ __all__ = [
     "SourceSpec",
     "Split",
     "Stage",
+    "TeacherMemorySpec",
     "TeacherSpec",
     "check_layout",
     "load_config",
@@ -86,12 +88,6 @@ class ModelSpec:
     def source(self) -> str:
         """Where config.json and the tokenizer are read from."""
         return self.hf_config or self.checkpoint or ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherSpec:
-    checkpoint: str
-    """Folder or Hub name with safetensors, a checkpoint of this program, or `self`: the student at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +179,7 @@ class RunConfig:
     """mixed: all domains in every step, by `weight` · sequential: one domain after another in this file's order,
     `weight` shares out the steps (Cascade RL)."""
     teachers: dict[str, TeacherSpec] = field(default_factory=dict)
+    teacher_memory: TeacherMemorySpec = field(default_factory=TeacherMemorySpec)
     allow_identical_teacher: bool = False
     """Let a teacher with the student's own weights pass; without it such a run is refused as inert."""
     rollout: RolloutSpec = field(default_factory=RolloutSpec)
@@ -201,6 +198,8 @@ class RunConfig:
     def _check_teachers(self) -> None:
         names = ", ".join(self.teachers) or "none"
         if self.stage != "mopd":
+            if self.teacher_memory != TeacherMemorySpec():
+                raise ConfigError(f"teacher_memory: stage '{self.stage}' has no teachers; remove it")
             require(not self.teachers, f"teachers: not used in stage '{self.stage}'; remove them")
             for name, domain in self.domains.items():
                 require(domain.teacher is None, f"domains.{name}.teacher: not used in stage '{self.stage}'; remove it")

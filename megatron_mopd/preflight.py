@@ -89,6 +89,8 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_lengths(config, inputs.arch)
     _check_data(config, inputs.arch, inputs.tokenizer, dataset=inputs.dataset)
     check_writable(Path(config.run_dir), "run_dir")
+    if config.teacher_memory.folder is not None:
+        check_writable(Path(config.teacher_memory.folder), "teacher_memory.folder")
 
 
 def check_gpu_packages(model: ModelSpec) -> None:

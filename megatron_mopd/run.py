@@ -131,6 +131,7 @@ class Run:
             **token_metrics(
                 rollouts, generated=self.collector.generated_tokens, has_teachers=bool(self.config.teachers)
             ),
+            **self.teachers.take_metrics(),
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
