@@ -112,7 +112,7 @@ class Run:
             self.config,
             data_rank=self.world.data.rank,
             data_ranks=self.world.data.size,
-            multiple_of=self.world.tensor.size,
+            multiple_of=self.world.tensor.size * self.config.model.tokens_multiple,
             device=self.world.device,
         )
 
@@ -131,6 +131,7 @@ class Run:
             **token_metrics(
                 rollouts, generated=self.collector.generated_tokens, has_teachers=bool(self.config.teachers)
             ),
+            **self.teachers.take_metrics(),
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
