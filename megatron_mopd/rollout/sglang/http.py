@@ -54,7 +54,7 @@ class ServerConnection:
     def post(self, path: str, body: Any, timeout: float | None = None) -> Any:
         """The answer to POST `path` with `body` as JSON. Raises ServerError.
 
-        SGLang's administrative endpoints answer {"success": false} with HTTP 400, some with 200: both are ServerRefused.
+        Administrative endpoints answer {"success": false} with HTTP 400, some with 200: both are ServerRefused.
         """
         return self._request("POST", path, body, timeout)
 
