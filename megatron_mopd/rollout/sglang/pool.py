@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_mopd.rollout.engine import RolloutFailure
+from megatron_mopd.rollout.sglang.check import refusal
 from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError, ServerRefused
 from megatron_mopd.rollout.sglang.server import ServerProcess, stop_servers
+from megatron_mopd.yaml_config import ConfigError
 
 MAX_RESTARTS = 3
 """A server of ours that dies more often than that without answering a request in between stays dead."""
@@ -81,13 +83,13 @@ class ServerPool:
         while waiting:
             waiting = [member for member in waiting if not self._has_started(member)]
             if waiting and time.monotonic() > deadline:
-                raise RolloutFailure(f"rollout.sglang: {self._late(waiting[0], seconds)}")
+                raise ConfigError(f"rollout.sglang: {self._late(waiting[0], seconds)}")
             time.sleep(_POLL_SECONDS if waiting else 0)
 
     def _has_started(self, member: Member) -> bool:
         if member.has_exited:
             assert member.process is not None
-            raise RolloutFailure(
+            raise ConfigError(
                 f"rollout.sglang: server {member.url} ended while it started: {member.process.last_words()}; "
                 f"see {member.process.log}"
             )
@@ -105,11 +107,11 @@ class ServerPool:
         )
 
     def _answers(self, member: Member) -> bool:
-        """Raises RolloutFailure where something else answers at the address."""
+        """Raises ConfigError where something else answers at the address."""
         try:
             member.connection.get("/model_info", timeout=_LOOK_SECONDS)
         except ServerRefused as refused:
-            raise RolloutFailure(f"rollout.sglang: {refusal(refused)}") from None
+            raise ConfigError(f"rollout.sglang: {refusal(refused)}") from None
         except ServerError:
             return False
         return True
@@ -151,7 +153,7 @@ class ServerPool:
             if not self._answers(member):
                 return False
             self._check(member.connection)
-        except RolloutFailure as problem:
+        except ConfigError as problem:
             member.reason = str(problem)
             return False
         return True
@@ -171,10 +173,3 @@ class ServerPool:
         stop_servers([member.process for member in self.members if member.process is not None])
         for member in self.members:
             member.is_live = False
-
-
-def refusal(refused: ServerRefused) -> str:
-    """What a server's refusal to say who it is means."""
-    if refused.status in (401, 403):
-        return f"{refused.url}: refuses our API key: it is another one's server; use another port or key"
-    return f"{refused} (is it an SGLang server?)"
