@@ -90,7 +90,7 @@ class Watched:
 def difference(expected: ServerChecksums, answer: Sequence[Mapping[str, Any]]) -> str | None:
     """What is wrong with the `ranks` of a server's answer, in words; None where everything that was sent is there."""
     for rank in answer:
-        place = rank["parallelism_info"]["tp_rank"]
+        place = rank["parallelism_info"][0]["tp_rank"]
         found: Mapping[str, str] = rank["checksums"]
         wrong = [name for name, value in expected.of_rank(place).items() if found.get(name) != value]
         if wrong:

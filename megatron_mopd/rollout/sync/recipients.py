@@ -72,12 +72,22 @@ class Recipients:
 def read_facts(server: ServerConnection) -> ServerFacts:
     """Raises UpdateRefused for layouts that weights cannot be sent to."""
     info, model = server.get("/server_info"), server.get("/model_info")
-    for key in ("pp_size", "dp_size"):
-        if info[key] != 1:
-            raise UpdateRefused(f"{server.url}: {key} is {info[key]}; start it with 1, and more servers instead")
-    return ServerFacts(
-        tensor_ranks=info["tp_size"],
-        expert_ranks=info["ep_size"],
-        on_cpu=info["device"] == "cpu",
-        weight_version=str(model["weight_version"]),
-    )
+    with understanding(server):
+        for key in ("pp_size", "dp_size"):
+            if info[key] != 1:
+                raise UpdateRefused(f"{server.url}: {key} is {info[key]}; start it with 1, and more servers instead")
+        return ServerFacts(
+            tensor_ranks=int(info["tp_size"]),
+            expert_ranks=int(info["ep_size"]),
+            on_cpu=info["device"] == "cpu",
+            weight_version=str(model["weight_version"]),
+        )
+
+
+@contextmanager
+def understanding(server: ServerConnection) -> Iterator[None]:
+    """An answer without what SGLang puts there rules the server out, and says what is missing."""
+    try:
+        yield
+    except (LookupError, TypeError) as error:
+        raise UpdateRefused(f"{server.url}: not an answer of sglang 0.5.23: {error!r}") from None

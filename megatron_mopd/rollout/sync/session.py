@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_mopd.rollout.sglang.http import ServerConnection, ServerRefused
 from megatron_mopd.rollout.sync.checksum import ServerChecksums, difference
-from megatron_mopd.rollout.sync.recipients import Recipients, ServerFacts, UpdateRefused
+from megatron_mopd.rollout.sync.recipients import Recipients, ServerFacts, UpdateRefused, understanding
 
 KV_CACHE, WEIGHTS = "kv_cache", "weights"
 
@@ -68,13 +68,16 @@ class Session:
     def _check(
         self, server: ServerConnection, recipients: Recipients, checksums: Mapping[int, ServerChecksums]
     ) -> None:
-        served = server.get("/model_info")["weight_version"]
+        model = server.get("/model_info")
+        with understanding(server):
+            served = model["weight_version"]
         if served != self.version:
             raise UpdateRefused(f"{server.url}: has weight version '{served}' after an update to '{self.version}'")
         facts = recipients.facts[server.url]
         if can_check(facts) and facts.tensor_ranks in checksums:
             answer = server.post("/weights_checker", {"action": "checksum"}, timeout=self.timeout)
-            problem = difference(checksums[facts.tensor_ranks], answer["ranks"])
+            with understanding(server):
+                problem = difference(checksums[facts.tensor_ranks], answer["ranks"])
             if problem is not None:
                 raise UpdateRefused(f"{server.url}: {problem} as version '{self.version}'")
 
