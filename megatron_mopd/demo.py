@@ -29,7 +29,7 @@ from megatron_mopd.student.hf_files import content_hash
 from megatron_mopd.yaml_config import ConfigError, dump_yaml
 
 BASE, STUDENT = "sft", "mopd"
-"""Files of the configuration folder; `mopd demo --student` takes another student's, beside the same base and teachers."""
+"""Files of the configuration folder; `mopd demo --student` takes another student from the same base and teachers."""
 
 
 @dataclass(frozen=True, slots=True)
