@@ -99,7 +99,7 @@ class FileDigests:
 def ingredients(node: Node, hashes: Mapping[str, str], digests: FileDigests) -> Ingredients:
     """Of a node whose inputs have the given hashes (node name -> hash). ConfigError for a file that is missing."""
     config = _what_matters(node)
-    files = {}
+    files: dict[str, str] = {}
     for path, value in _leaves(config, ""):
         name = path.rsplit(".", 1)[-1]
         if name == COMMAND and isinstance(value, list):
