@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # An asynchronous NCCL error ends the rank instead of leaving its peers in a collective for ever: the job can restart.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # After a time-out, write which collective each rank was in (one ring of 2000 entries a rank).
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # Warnings name the broken link; INFO writes thousands of lines a rank.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Weights are re-read by shape-varying rollouts and packed batches: without it fragments add up until memory is out.

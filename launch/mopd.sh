@@ -46,7 +46,6 @@ source "$MOPD_ROOT/launch/attempt.sh"
 
 main() {
     parse_arguments "$@" || exit 93
-    cd "$MOPD_ROOT" || exit 93
     if [[ -n ${SLURM_JOB_ID:-} && -z ${MOPD_SUBMIT_ONLY:-} ]]; then
         run_job
     else

@@ -8,7 +8,7 @@ CONTAINER=() HET_FIRST=() HET_ALL=() HET_HOSTS=() ALL_HOSTS=() GPUS_PER_NODE=0
 declare -A FACTS=()
 SERVER_PORT=${SERVER_PORT:-30000}
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then # pyxis; without its plugin srun knows none of these options
-    CONTAINER=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$MOPD_ROOT:$MOPD_ROOT${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" "--container-workdir=$MOPD_ROOT")
+    CONTAINER=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$MOPD_ROOT:$MOPD_ROOT${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" "--container-workdir=$PWD")
 fi
 
 fail() {

@@ -58,7 +58,8 @@ class Shape:
 def describe(command: str, path: str, overrides: Sequence[str], shape: Shape | None, *, full: bool) -> dict[str, str]:
     """The facts of `command` on `shape` (None: not known yet). Raises ConfigError."""
     if command == "merge":
-        return {"run_dir": str(Path(load_merge_config(path, overrides).out).absolute())}
+        # The merge makes its folder itself, when it is complete: the job's logs lie beside it.
+        return {"run_dir": f"{Path(load_merge_config(path, overrides).out).absolute()}.job"}
     config = load_config(path, overrides)
     if shape is not None:
         _check_shape(config, shape, command)

@@ -62,8 +62,8 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 """
 PARTITIONS = """\
-PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120 MaxTime=INFINITE DefaultTime=60 State=UP
-PartitionName=high Nodes=ALL Default=NO PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE DefaultTime=60 State=UP
+PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=120 DefaultTime=60 State=UP
+PartitionName=high Nodes=ALL Default=NO PriorityTier=10 PreemptMode=OFF DefaultTime=60 State=UP
 """
 
 
@@ -135,7 +135,9 @@ class Cluster:
 
     def restart_now(self, job: str) -> None:
         """A requeued job waits for two minutes: start it at once. (Sooner than 2.5 s its credential is revoked.)"""
-        wait_until(lambda: self.state(job) == "PENDING" and "batch" not in self.run("squeue", "-h", "-s", "-j", job), 90)
+        wait_until(
+            lambda: self.state(job) == "PENDING" and "batch" not in self.run("squeue", "-h", "-s", "-j", job), 90
+        )
         wait_until(lambda: self.run("squeue", "-h", "-t", "CG", "-j", job, check=False).strip() == "", 60)
         time.sleep(3)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
