@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mopd.data_config import BenchmarkSpec, DomainSpec, EvalSpec, SourceSpec, Split
-from megatron_mopd.method_config import ObjectiveSpec, RolloutSpec, Stage, check_method, sequential_steps
+from megatron_mopd.method_config import ObjectiveSpec, Stage, check_method, sequential_steps
+from megatron_mopd.rollout_config import LaunchSpec, RolloutSpec, SglangSpec
 from megatron_mopd.teacher_config import TeacherMemorySpec, TeacherSpec
 from megatron_mopd.yaml_config import (
     ConfigError,
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointSpec",
     "DomainSpec",
     "EvalSpec",
+    "LaunchSpec",
     "LogSpec",
     "ModelSpec",
     "ObjectiveSpec",
@@ -38,6 +40,7 @@ __all__ = [
     "ParallelSpec",
     "RolloutSpec",
     "RunConfig",
+    "SglangSpec",
     "SourceSpec",
     "Split",
     "Stage",

@@ -22,8 +22,9 @@ from megatron_mopd.preflight import Inputs, resolve_inputs
 from megatron_mopd.progress import Progress
 from megatron_mopd.rollout.answers import ReferenceAnswers
 from megatron_mopd.rollout.collect import Collector, rollout_metrics
-from megatron_mopd.rollout.engine import RolloutEngine
+from megatron_mopd.rollout.engine import RolloutEngine, RolloutFailure
 from megatron_mopd.rollout.load import make_engine
+from megatron_mopd.rollout.sglang.engine import SglangEngine
 from megatron_mopd.rollout.stored_answers import StoredAnswers
 from megatron_mopd.run_identity import check_same_run, run_identity
 from megatron_mopd.run_lock import lock_run_folder
@@ -34,6 +35,8 @@ from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.divergence import check_initial_divergence
 from megatron_mopd.teachers.manifest import check_same_teachers, teacher_manifest, teacher_weights
 from megatron_mopd.types import MicroBatch, Rollout, UpdateReport
+
+DONE = "DONE"
 
 
 class Run:
@@ -55,6 +58,7 @@ class Run:
         latest = checkpoint.find_latest(self.folder)
         self.student = Student(config, self.inputs.arch, self.world, self.inputs.weights)
         self.first_step = self._resume(latest) if latest else 0
+        self.steps_saved = self.first_step
         self.engine = self._training_engine()
         self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world)
         # Where answers are looked up, the student samples only to be evaluated or measured.
@@ -62,6 +66,7 @@ class Run:
         self._sampler = self._sampling_engine() if own_sampler else self.engine
         self.evaluator = Collector(config, self.mixer, self._sampler, self.inputs.tokenizer, self.world)
         self.engine.load_weights(self.student.hf_weights(), version=self.student.num_updates)
+        self._done = (self.first_step, self.mixer.state_dict())
 
     def __enter__(self) -> Self:
         self.world.on_main(lambda: save_config(self.config, self.folder / "config.yaml"))
@@ -69,6 +74,7 @@ class Run:
         title = f"{self.config.stage} {self.folder.name}"
         self.progress = Progress(title, total=self.config.steps, rank=self.world.rank, start=self.first_step)
         self.progress.__enter__()
+        self.world.on_main(self._mark_done)
         if self.first_step == 0 and self.config.stage == "mopd":
             check_initial_divergence(self)
         if self.first_step == 0:
@@ -83,6 +89,10 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.progress.__exit__(kind, error, traceback)
+        if isinstance(error, RolloutFailure):
+            self._save_done()
+        if isinstance(self.engine, SglangEngine):
+            self.engine.close()
         if kind is None:
             self.log.close()
             stop_world()
@@ -136,6 +146,7 @@ class Run:
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
         self.log.step(step, metrics)
+        self._done = (step + 1, self.mixer.state_dict())
         self.progress.update(step + 1, metrics)
         if self.config.evaluation.every and (step + 1) % self.config.evaluation.every == 0:
             self._evaluate(step + 1)
@@ -163,6 +174,23 @@ class Run:
             ),
             keep_last=self.config.checkpoint.keep_last,
         )
+        self.steps_saved = steps_done
+        self.world.on_main(self._mark_done)
+
+    def _save_done(self) -> None:
+        """Save the steps that were done before a failure in which no rank was lost: a resume repeats none of them."""
+        steps_done, drawn = self._done
+        if steps_done > self.steps_saved:
+            self.mixer.load_state_dict(drawn)
+            self.save(steps_done)
+        self.progress.note(f"{self.folder}: {steps_done} steps are saved; the same command goes on from there")
+
+    def _mark_done(self) -> None:
+        """DONE in the run folder says to launchers that the last step's checkpoint is there."""
+        if self.steps_saved >= self.config.steps:
+            (self.folder / DONE).write_text(f"{self.steps_saved}\n", encoding="utf-8")
+        else:  # of an earlier run with fewer steps
+            (self.folder / DONE).unlink(missing_ok=True)
 
     def _resume(self, path: Path) -> int:
         manifest = checkpoint.read_manifest(path)
@@ -179,6 +207,8 @@ class Run:
         return ReferenceAnswers(self.inputs.tokenizer) if self.config.reads_answers else self._sampling_engine()
 
     def _sampling_engine(self) -> RolloutEngine:
+        if self.config.rollout.engine == "sglang":
+            return SglangEngine(self.config, self.inputs, self.world)
         return make_engine(self.config, self.inputs.arch, self.inputs.tokenizer, self.world.device)
 
     def refresh_evaluator(self) -> None:
