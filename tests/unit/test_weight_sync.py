@@ -171,10 +171,12 @@ def test_a_difference_names_rank_and_parameter() -> None:
     checksums = ServerChecksums(1, HEAD)
     for name, tensor in _layer():
         checksums.add(name, tensor)
-    good = {"parallelism_info": [{"tp_rank": 0}], "checksums": checksums.of_rank(0) | {"some.buffer": "0"}}
+    good = {"parallelism_info": [{"tp_rank": 0}], "checksums": checksums.of_rank(0)}
     assert difference(checksums, [good]) is None
     bad = good | {"checksums": {**checksums.of_rank(0), "model.layers.0.mlp.gate.weight": "0" * 16}}
     assert difference(checksums, [bad]) == "rank 0 holds another model.layers.0.mlp.gate.weight than was sent"
+    unsent = good | {"checksums": checksums.of_rank(0) | {"lm_head.weight": "0" * 16}}
+    assert difference(checksums, [unsent]) == "rank 0 holds another lm_head.weight than was sent"
     fewer = good | {"checksums": {}}
     assert difference(checksums, [good, fewer]) == (
         "rank 0 holds another model.embed_tokens.weight and 6 more than was sent"
