@@ -16,6 +16,7 @@ from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluation.documents import read_windows
 from megatron_mopd.hub import MANIFEST, MODEL_FOLDER, resolve_folder
+from megatron_mopd.rollout.sglang.check import check_servers
 from megatron_mopd.run_identity import check_kept_out
 from megatron_mopd.student.architecture import Architecture, check_architecture, read_architecture
 from megatron_mopd.student.checkpoint_files import read_manifest
@@ -87,6 +88,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_lengths(config, inputs.arch)
     _check_data(config, inputs.arch, inputs.tokenizer, dataset=inputs.dataset)
     check_writable(Path(config.run_dir), "run_dir")
+    check_servers(config, inputs.arch)
 
 
 def check_evaluation(config: RunConfig, checkpoint: str, world_size: int, split: Split) -> None:

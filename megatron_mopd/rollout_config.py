@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
+from megatron_mopd.rollout.sync.config import SyncSpec
 from megatron_mopd.yaml_config import ConfigError, require
 
 OWN_ARGUMENTS = (
@@ -61,6 +62,8 @@ class SglangSpec:
     api_key_variable: str = "MOPD_SGLANG_API_KEY"
     """`urls`: the environment variable that holds the servers' API key, if they want one."""
     launch: LaunchSpec | None = None
+    sync: SyncSpec = field(default_factory=SyncSpec)
+    """How the student's weights reach the servers after every step."""
     concurrency: int = 128
     """Requests that one server has at a time; the others wait here."""
     answer_seconds: float = 1800.0

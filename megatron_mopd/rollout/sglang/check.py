@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mopd.config import LaunchSpec, RunConfig, SglangSpec
+from megatron_mopd.environment import gpu_count
 from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError, ServerRefused
-from megatron_mopd.rollout.sglang.server import SGLANG_VERSION
+from megatron_mopd.rollout.sglang.server import SGLANG_VERSION, check_environment, choose_ports
 from megatron_mopd.student.architecture import FAMILIES, Architecture, read_architecture
-from megatron_mopd.yaml_config import ConfigError
+from megatron_mopd.yaml_config import ConfigError, read_text
 
 NOBODY = "default"
 """SGLang's weight version of a server that was started and given no weights since."""
@@ -29,6 +33,65 @@ class Wanted:
     routed_experts: bool
     run_id: str
     """Weights of this run may be on the server already: it was interrupted, and goes on."""
+
+
+def wanted(config: RunConfig, arch: Architecture, run_id: str) -> Wanted:
+    """What the run of `config` needs of its servers."""
+    return Wanted(
+        arch=arch,
+        dtype=config.model.dtype,
+        context=max(domain.max_prompt_tokens + domain.max_response_tokens for domain in config.domains.values()),
+        routed_experts=False,
+        run_id=run_id,
+    )
+
+
+def check_servers(config: RunConfig, arch: Architecture) -> None:
+    """Raise ConfigError for what can be found wrong before a rank is started. Starts no server."""
+    spec = config.rollout.sglang
+    if spec is None:
+        return
+    if spec.launch is not None:
+        check_environment(spec.launch.python)
+        choose_ports(spec.launch)
+        _check_gpus(spec.launch)
+    needs = wanted(config, arch, known_run_id(Path(config.run_dir)) or "")
+    for url in spec.urls:
+        check_server(ServerConnection(url=url, api_key=api_key(spec)), needs)
+
+
+def _check_gpus(spec: LaunchSpec) -> None:
+    last, present = spec.first_gpu + spec.servers * spec.tensor, gpu_count()
+    if (spec.device == "cuda" or (spec.device == "auto" and present)) and last > present:
+        raise ConfigError(
+            f"rollout.sglang.launch: {spec.servers} servers x tensor {spec.tensor} after first_gpu {spec.first_gpu} "
+            f"need {last} GPUs, this machine shows {present}; start fewer, or set device: cpu"
+        )
+
+
+def api_key(spec: SglangSpec) -> str | None:
+    """Of servers that run already; it is in no file of ours."""
+    return os.environ.get(spec.api_key_variable) or None
+
+
+def known_run_id(run_dir: Path) -> str | None:
+    """What the weights of this folder's run are called on a server, None where it never ran."""
+    path = run_dir / "run_id"
+    return read_text(path, "run id").strip() if path.exists() else None
+
+
+def make_run_id(run_dir: Path) -> str:
+    """The same, made up where it never ran: random, so that two runs never take each other's weights for theirs."""
+    known = known_run_id(run_dir)
+    if known:
+        return known
+    made, path = secrets.token_hex(8), run_dir / "run_id"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(made + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {path} cannot be written: {error.strerror}; choose another folder") from None
+    return made
 
 
 def check_server(server: ServerConnection, wanted: Wanted) -> None:

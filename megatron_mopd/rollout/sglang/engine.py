@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_mopd.config import RunConfig
@@ -16,7 +17,7 @@ from megatron_mopd.environment import gpu_count
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.preflight import Inputs
 from megatron_mopd.rollout.engine import RolloutFailure, Sampling
-from megatron_mopd.rollout.sglang.check import Wanted, check_server
+from megatron_mopd.rollout.sglang.check import Wanted, api_key, check_server, make_run_id, wanted
 from megatron_mopd.rollout.sglang.client import Limits, Request, generate_all
 from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError
 from megatron_mopd.rollout.sglang.pool import ServerPool
@@ -29,6 +30,7 @@ from megatron_mopd.rollout.sglang.server import (
     server_arguments,
     server_environment,
 )
+from megatron_mopd.rollout.sync.push import ServerSync, make_sync, sync_weights
 from megatron_mopd.rollout_config import LaunchSpec, SglangSpec
 from megatron_mopd.types import Prompt, Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -48,13 +50,18 @@ class SglangEngine:
         assert spec is not None
         self._world = world
         self._limits = Limits(concurrency=spec.concurrency, answer_seconds=spec.answer_seconds, retries=spec.retries)
-        self._run_id = world.on_main(lambda: run_id(Path(config.run_dir))) or ""
-        self._wanted = wanted(config, inputs, self._run_id)
+        folder = Path(config.run_dir)
+        self._run_id = world.on_main(lambda: make_run_id(folder)) or ""
+        self._wanted = wanted(config, inputs.arch, self._run_id)
         self._stop_ids = inputs.tokenizer.stop_ids
         self._version: int | None = None
-        self._pool = world.on_main(
-            lambda: _open_pool(spec, inputs.model_folder, self._wanted, Path(config.run_dir), say)
-        )
+        self._pool = world.on_main(lambda: _open_pool(spec, inputs.model_folder, self._wanted, folder, say))
+        self._sync: ServerSync | None = None
+        if world.is_main:
+            dtype = getattr(torch, config.model.dtype)
+            self._sync = make_sync(
+                spec.sync, inputs.arch, dtype, run_id=self._run_id, run_dir=folder, device=world.device
+            )
 
     def generate(self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See `RolloutEngine.generate`; the prompts of all ranks are answered together. Collective.
@@ -112,11 +119,23 @@ class SglangEngine:
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `RolloutEngine.load_weights`. Servers that came back since the last time get them too. Collective."""
-        raise NotImplementedError
+        """See `RolloutEngine.load_weights`. Collective.
+
+        Servers that came back since the last time get them too. One that fails is taken out; that none is left is for
+        `generate` to say, so that what has been learnt can be saved. Raises ConfigError on every rank where the weights
+        cannot be written (`sync.kind: disk`).
+        """
+        servers = self._pool.ready_for_weights() if self._pool is not None else []
+        if self._world.any(bool(servers)):
+            report = sync_weights(weights, version, self._world, self._sync, servers)
+            if self._pool is not None:
+                self._pool.weights_sent(report.synced, report.failed)
+        self._version = version
 
     def close(self) -> None:
         """Stop the servers that were started; give those that were found back."""
+        if self._sync is not None:
+            self._sync.close()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -144,35 +163,10 @@ def _check(prompt: Prompt, wanted: Wanted) -> None:
         )
 
 
-def wanted(config: RunConfig, inputs: Inputs, run_id: str) -> Wanted:
-    """What `config` needs of a server."""
-    longest = max(domain.max_prompt_tokens + domain.max_response_tokens for domain in config.domains.values())
-    return Wanted(
-        arch=inputs.arch,
-        dtype=config.model.dtype,
-        context=longest,
-        routed_experts=False,
-        run_id=run_id,
-    )
-
-
-def run_id(run_dir: Path) -> str:
-    """What this run's weights are called on a server: random, and the same again when the run is resumed."""
-    path = run_dir / "run_id"
-    try:
-        if not path.exists():
-            run_dir.mkdir(parents=True, exist_ok=True)
-            path.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"run_dir: {path}: {error.strerror}") from None
-
-
 def _open_pool(spec: SglangSpec, folder: Path, wanted: Wanted, run_dir: Path, say: Say) -> ServerPool:
     check = partial(check_server, wanted=wanted)
     if spec.launch is None:
-        key = os.environ.get(spec.api_key_variable) or None
-        connections = [ServerConnection(url=url, api_key=key) for url in spec.urls]
+        connections = [ServerConnection(url=url, api_key=api_key(spec)) for url in spec.urls]
         pool = ServerPool(connections, start=None, check=check, say=say)
         pool.wait_started(0)
         return pool

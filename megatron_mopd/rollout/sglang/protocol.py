@@ -13,6 +13,7 @@ import numpy as np
 from megatron_mopd.rollout.engine import Sampling
 from megatron_mopd.rollout.sampling import stream_key
 from megatron_mopd.rollout.sglang.http import ServerError
+from megatron_mopd.rollout.sync.version import num_updates_of, weight_version
 from megatron_mopd.types import ExpertArray, FinishReason, FloatArray, IntArray, Prompt, Rollout, WeightSpan
 
 _POSITIVE = (1 << 63) - 1
@@ -32,11 +33,6 @@ class Contract:
     stop_ids: tuple[int, ...]
     experts: tuple[int, int, int] | None = None
     """(MoE layers, experts per token, experts) where the routed experts are asked for."""
-
-
-def weight_version(run_id: str, num_updates: int) -> str:
-    """`<run id>:<updates>`, what a server is told with new weights: those of another run are never taken for ours."""
-    return f"{run_id}:{num_updates}"
 
 
 def request_body(prompt: Prompt, sample: int, sampling: Sampling, seed: int, contract: Contract) -> dict[str, Any]:
@@ -166,13 +162,14 @@ def _spans(meta: Mapping[str, Any], before: int, total: int, contract: Contract)
 
 
 def _version(text: str, contract: Contract) -> int:
-    owner, _, number = text.rpartition(":")
-    expected = weight_version(contract.run_id, contract.policy_version)
-    if owner != contract.run_id or not number.isdecimal():
-        raise _Broken(f"its weights are '{text}', not '{expected}': somebody else changed them")
-    if int(number) != contract.policy_version:
-        raise _Broken(f"its weights are of version {number}, those of version {contract.policy_version} were sent")
-    return int(number)
+    try:
+        version = num_updates_of(text, contract.run_id)
+    except ValueError:
+        expected = weight_version(contract.run_id, contract.policy_version)
+        raise _Broken(f"its weights are '{text}', not '{expected}': somebody else changed them") from None
+    if version != contract.policy_version:
+        raise _Broken(f"its weights are of version {version}, those of version {contract.policy_version} were sent")
+    return version
 
 
 def _experts(meta: Mapping[str, Any], total: int, contract: Contract) -> ExpertArray:

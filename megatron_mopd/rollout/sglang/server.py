@@ -52,6 +52,7 @@ def server_arguments(spec: LaunchSpec, model: ServedModel, *, index: int, port: 
         *("--host", spec.host, "--port", str(port), "--device", device),
         *("--tp-size", str(spec.tensor), "--ep-size", str(spec.expert)),
         *("--skip-server-warmup", "--enable-deterministic-inference", "--sleep-on-idle"),
+        *("--log-level-http", "warning"),
     ]
     if model.routed_experts:
         arguments += ["--enable-return-routed-experts"]
