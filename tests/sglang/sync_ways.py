@@ -23,9 +23,11 @@ BUCKET = 60_000
 TIMEOUT = 120.0
 
 
-def server_sync(kind: str, folder: Path, arch: Architecture, transport: Transport | None = None) -> ServerSync:
+def server_sync(
+    kind: str, folder: Path, arch: Architecture, transport: Transport | None = None, *, colocated: bool = False
+) -> ServerSync:
     made = transport or transport_of(kind, folder, arch)
-    spec = SyncSpec(kind=kind, timeout_seconds=TIMEOUT)  # type: ignore[arg-type]
+    spec = SyncSpec(kind=kind, timeout_seconds=TIMEOUT, colocated=colocated)  # type: ignore[arg-type]
     return ServerSync(spec, made, run_id=f"run-{kind}", head_dim=arch.head_dim)
 
 

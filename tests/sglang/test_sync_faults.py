@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from megatron_mopd.rollout.sglang.http import ServerConnection, ServerUnreachable
+from megatron_mopd.rollout.sglang.http import ServerConnection
 from megatron_mopd.rollout.sync.buckets import Weights
 from megatron_mopd.rollout.sync.push import SyncReport, sync_weights
 from megatron_mopd.rollout.sync.tensor import TensorTransport
@@ -22,7 +22,7 @@ from megatron_mopd.rollout.sync.transport import Deliver
 from megatron_mopd.yaml_config import ConfigError
 from tests.distributed.ranks import RankError, run_ranks
 from tests.sglang.sync_servers import ARCH, Servers
-from tests.sglang.sync_student import SyncedStudent, generate
+from tests.sglang.sync_student import SyncedStudent, generate, serves
 from tests.sglang.sync_ways import BUCKET, TIMEOUT, Numbers, server_sync
 
 pytest_plugins = ["tests.sglang.sync_servers"]
@@ -36,14 +36,6 @@ def _checksum(server: ServerConnection) -> dict[str, str]:
 def _version(server: ServerConnection) -> str:
     version: str = server.get("/model_info")["weight_version"]
     return version
-
-
-def _serves(server: ServerConnection, seconds: float = 60) -> bool:
-    try:
-        generate(server, [[1, 2, 3]], 2, timeout=seconds)
-    except ServerUnreachable:
-        return False
-    return True
 
 
 def _alone[R](function: Callable[..., R], *args: Any) -> R:
@@ -78,14 +70,13 @@ def test_other_weights_than_were_sent_never_serve(pair: Servers, tmp_path: Path)
     def push() -> tuple[SyncReport, bool, SyncReport, bool]:
         altered = _Altered(bucket_bytes=BUCKET, timeout=TIMEOUT)
         bad = server_sync("tensor", tmp_path, ARCH, altered).push(Numbers(ARCH, 2), 1, [server])
-        served = _serves(server, seconds=5)
+        served = serves(server, seconds=5)
         good = server_sync("tensor", tmp_path, ARCH).push(Numbers(ARCH, 2), 1, [server])
-        return bad, served, good, _serves(server)
+        return bad, served, good, serves(server)
 
     bad, served, good, serves_again = _alone(push)
     assert bad.failed == {
-        server.url: f"{server.url}: rank 0 holds another model.layers.1.mlp.gate.weight than was sent "
-        "as version 'run-tensor:1'"
+        server.url: "rank 0 holds another model.layers.1.mlp.gate.weight than was sent as version 'run-tensor:1'"
     }
     assert (bad.synced, served) == ((), False)
     assert (good.synced, serves_again) == ((server.url,), True)
@@ -101,20 +92,18 @@ class _Intruder(ServerConnection):
         return answer
 
 
-def test_a_wrong_version_never_serves(pair: Servers, tmp_path: Path) -> None:
+def test_a_wrong_version_neverserves(pair: Servers, tmp_path: Path) -> None:
     _healthy(pair, tmp_path)
     first, second = pair.connections
     intruded = _Intruder(url=second.url, api_key=second.api_key, timeout=second.timeout)
     report, served = _alone(
         lambda: (
             server_sync("tensor", tmp_path, ARCH).push(Numbers(ARCH, 3), 4, [first, intruded]),
-            _serves(second, seconds=5),
+            serves(second, seconds=5),
         )
     )
     assert report.synced == (first.url,)
-    assert report.failed == {
-        second.url: f"{second.url}: has weight version 'other:7' after an update to 'run-tensor:4'"
-    }
+    assert report.failed == {second.url: "has weight version 'other:7' after an update to 'run-tensor:4'"}
     assert not served
 
 
@@ -125,7 +114,7 @@ def _refused(kind: str, servers: list[ServerConnection], folder: Path) -> tuple[
     sync_weights(Numbers(ARCH, 4), 1, student.world, sync, servers)
     hook = Numbers(ARCH, 5, hook=lambda: servers[1].post("/end_weight_update", {}))
     report = sync_weights(hook, 2, student.world, sync, servers)
-    served = _serves(servers[1], seconds=5)
+    served = serves(servers[1], seconds=5)
     again = sync_weights(Numbers(ARCH, 6), 3, student.world, sync, servers)
     sync.close()
     return report, served, again
@@ -158,7 +147,7 @@ def test_requests_under_way_wait_for_the_whole_update_and_carry_both_versions(pa
         served_between: list[bool] = []
 
         def half_way() -> None:
-            served_between.append(_serves(server, seconds=4) or bool(answers))
+            served_between.append(serves(server, seconds=4) or bool(answers))
 
         request.start()
         time.sleep(0.5)
@@ -185,7 +174,7 @@ def test_a_full_disk_is_one_line_and_the_servers_go_on_with_what_they_had(pair: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
         with pytest.raises(ConfigError) as caught:
             sync_weights(Numbers(ARCH, 10), 2, student.world, sync, pair.connections)
-        return str(caught.value), [_serves(s) for s in pair.connections], [_version(s) for s in pair.connections]
+        return str(caught.value), [serves(s) for s in pair.connections], [_version(s) for s in pair.connections]
 
     message, serving, versions = _alone(work)
     assert message == (
@@ -204,10 +193,10 @@ def test_a_trainer_that_dies_half_way_leaves_servers_that_the_next_one_can_use(p
 
     with pytest.raises(RankError, match="died without an answer"):
         _alone(dies)
-    assert [_serves(server, seconds=4) for server in pair.connections] == [False, False]
+    assert [serves(server, seconds=4) for server in pair.connections] == [False, False]
     report = _alone(lambda: server_sync("distributed", tmp_path, ARCH).push(Numbers(ARCH, 11), 1, pair.connections))
     assert report.synced == tuple(server.url for server in pair.connections)
-    assert all(_serves(server) for server in pair.connections)
+    assert all(serves(server) for server in pair.connections)
 
 
 def _killed(servers: list[ServerConnection], victim: int, folder: Path) -> tuple[SyncReport, str, bool]:
@@ -218,7 +207,7 @@ def _killed(servers: list[ServerConnection], victim: int, folder: Path) -> tuple
     weights = Numbers(ARCH, 13, hook=lambda: os.killpg(victim, signal.SIGKILL))
     report = sync_weights(weights, 2, student.world, sync, servers)
     sync.close()
-    return report, _version(servers[0]), _serves(servers[0])
+    return report, _version(servers[0]), serves(servers[0])
 
 
 def test_a_server_killed_half_way_costs_the_other_nothing_and_returns_with_the_right_weights(

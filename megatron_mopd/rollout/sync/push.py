@@ -154,7 +154,7 @@ def make_sync(
     """`device`, `dtype`: of the student's weights."""
     transport: Transport
     if spec.kind == "disk":
-        folder = Path(spec.folder) if spec.folder else run_dir / "weights"
+        folder = Path(spec.folder) / run_id if spec.folder else run_dir / "weights"
         transport = DiskTransport(folder=folder, arch=arch, dtype=dtype, timeout=spec.timeout_seconds)
     elif spec.kind == "tensor":
         transport = TensorTransport(bucket_bytes=spec.bucket_bytes, timeout=spec.timeout_seconds)
