@@ -91,6 +91,15 @@ class _Restricted(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def test_a_payload_is_the_same_beside_megatron_which_replaces_torchs_reader_of_storages() -> None:
+    (bucket,) = iter_buckets(_weights((3, 4)), max_bytes=48)
+    before = serialize(bucket)
+    import megatron.core  # noqa: F401
+
+    assert torch.storage._load_from_bytes.__module__.startswith("megatron.")  # type: ignore[attr-defined]
+    assert serialize(bucket) == before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_payload_passes_the_restricted_unpickler_and_carries_only_its_bucket(dtype: torch.dtype) -> None:
     weights = _weights((30, 10), (7,), dtype=dtype)
