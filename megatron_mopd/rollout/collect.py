@@ -57,6 +57,7 @@ class Collector:
             kept += rollouts if rounds == 1 or (last and not kept) else _with_signal(rollouts)
             if len(kept) >= config.prompts_per_step * config.rollout.samples_per_prompt:
                 break
+        self._engine.rest()
         if config.generates:
             self.generated_tokens = sum(int(rollout.loss_mask.sum()) for rollout in sampled)
         if rounds > 1:
