@@ -88,7 +88,9 @@ def check_environment(python: str) -> None:
     if not os.access(python, os.X_OK):
         raise ConfigError(f"{key}: {python} is not there or cannot be run; {remedy}")
     code = "import importlib.metadata as m; print(m.version('sglang'))"
-    found = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, cwd="/", env=_quiet())
+    found = subprocess.run(
+        [os.path.abspath(python), "-P", "-c", code], capture_output=True, text=True, cwd="/", env=_quiet()
+    )
     version = found.stdout.strip()
     if found.returncode:
         raise ConfigError(f"{key}: {python} has no SGLang; {remedy}")
