@@ -36,6 +36,8 @@ from megatron_mopd.teachers.divergence import check_initial_divergence
 from megatron_mopd.teachers.manifest import check_same_teachers, teacher_manifest, teacher_weights
 from megatron_mopd.types import MicroBatch, Rollout, UpdateReport
 
+DONE = "DONE"
+
 
 class Run:
     """Everything that one rank holds while it trains; resumed from the run folder's newest checkpoint, if any."""
@@ -56,6 +58,7 @@ class Run:
         latest = checkpoint.find_latest(self.folder)
         self.student = Student(config, self.inputs.arch, self.world, self.inputs.weights)
         self.first_step = self._resume(latest) if latest else 0
+        self.steps_saved = self.first_step
         self.engine = self._training_engine()
         self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world)
         # Where answers are looked up, the student samples only to be evaluated or measured.
@@ -63,7 +66,7 @@ class Run:
         self._sampler = self._sampling_engine() if own_sampler else self.engine
         self.evaluator = Collector(config, self.mixer, self._sampler, self.inputs.tokenizer, self.world)
         self.engine.load_weights(self.student.hf_weights(), version=self.student.num_updates)
-        self._done, self._saved = (self.first_step, self.mixer.state_dict()), self.first_step
+        self._done = (self.first_step, self.mixer.state_dict())
 
     def __enter__(self) -> Self:
         self.world.on_main(lambda: save_config(self.config, self.folder / "config.yaml"))
@@ -71,6 +74,7 @@ class Run:
         title = f"{self.config.stage} {self.folder.name}"
         self.progress = Progress(title, total=self.config.steps, rank=self.world.rank, start=self.first_step)
         self.progress.__enter__()
+        self.world.on_main(self._mark_done)
         if self.first_step == 0 and self.config.stage == "mopd":
             check_initial_divergence(self)
         if self.first_step == 0:
@@ -118,7 +122,7 @@ class Run:
             self.config,
             data_rank=self.world.data.rank,
             data_ranks=self.world.data.size,
-            multiple_of=self.world.tensor.size,
+            multiple_of=self.world.tensor.size * self.config.model.tokens_multiple,
             device=self.world.device,
         )
 
@@ -137,6 +141,7 @@ class Run:
             **token_metrics(
                 rollouts, generated=self.collector.generated_tokens, has_teachers=bool(self.config.teachers)
             ),
+            **self.teachers.take_metrics(),
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
@@ -169,15 +174,23 @@ class Run:
             ),
             keep_last=self.config.checkpoint.keep_last,
         )
-        self._saved = steps_done
+        self.steps_saved = steps_done
+        self.world.on_main(self._mark_done)
 
     def _save_done(self) -> None:
         """Save the steps that were done before a failure in which no rank was lost: a resume repeats none of them."""
         steps_done, drawn = self._done
-        if steps_done > self._saved:
+        if steps_done > self.steps_saved:
             self.mixer.load_state_dict(drawn)
             self.save(steps_done)
         self.progress.note(f"{self.folder}: {steps_done} steps are saved; the same command goes on from there")
+
+    def _mark_done(self) -> None:
+        """DONE in the run folder says to launchers that the last step's checkpoint is there."""
+        if self.steps_saved >= self.config.steps:
+            (self.folder / DONE).write_text(f"{self.steps_saved}\n", encoding="utf-8")
+        else:  # of an earlier run with fewer steps
+            (self.folder / DONE).unlink(missing_ok=True)
 
     def _resume(self, path: Path) -> int:
         manifest = checkpoint.read_manifest(path)

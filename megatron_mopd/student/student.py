@@ -35,7 +35,7 @@ class Student:
         self._config = config
         self._world = world
         dtype = getattr(torch, config.model.dtype)
-        self.model: GPTModel = build_model(arch, config.parallel, world, dtype, training=True)
+        self.model: GPTModel = build_model(arch, config.parallel, world, dtype, training=True, spec=config.model)
         if source is None:
             init_random(self.model, arch, world, seed=config.seed)
         else:
