@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_mopd.rollout.engine import RolloutFailure
-from megatron_mopd.rollout.sglang.check import refusal
+from megatron_mopd.rollout.sglang.check import NOBODY, refusal
 from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError, ServerRefused
 from megatron_mopd.rollout.sglang.server import ServerProcess, stop_servers
 from megatron_mopd.yaml_config import ConfigError
@@ -169,7 +170,13 @@ class ServerPool:
                 member.is_live = True
 
     def close(self) -> None:
-        """Stop what was started."""
+        """Stop what was started, and give back what was found: the next run takes a server of nobody's."""
+        for member in self.live:
+            if member.process is None:
+                with contextlib.suppress(ServerError):  # it is gone, and nobody's then
+                    member.connection.post(
+                        "/update_weight_version", {"new_version": NOBODY, "abort_all_requests": False}
+                    )
         stop_servers([member.process for member in self.members if member.process is not None])
         for member in self.members:
             member.is_live = False
