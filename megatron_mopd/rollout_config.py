@@ -94,8 +94,8 @@ class RolloutSpec:
     sglang: SglangSpec | None = None
     """`sglang`: the servers."""
     routing_replay: Literal["off", "R2", "R3"] = "off"
-    """R3: the experts that the servers' routers chose are replayed in training (arXiv 2510.11370) · R2: those of our own
-    log-prob pass."""
+    """R3: the experts that the servers' routers chose are replayed in training (arXiv 2510.11370) · R2: those of our
+    own log-prob pass."""
     samples_per_prompt: int = 1
     temperature: float = 1.0
     top_p: float = 1.0

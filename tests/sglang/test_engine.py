@@ -264,5 +264,5 @@ def test_ranks_get_their_own_rollouts_and_the_number_of_ranks_does_not_matter(
 
     assert sorted(one) == sorted(first + second)
     assert [item[0] for item in second] == [f"a/{n}" for n in (1, 1, 3, 3, 5, 5, 7, 7, 9, 9)]
-    with pytest.raises(ConfigError, match="start the server, or correct rollout.sglang.urls"):
+    with pytest.raises(ConfigError, match=r"start the server, or correct rollout\.sglang\.urls"):
         check_servers(config["a"], read_architecture(models / "student"))
