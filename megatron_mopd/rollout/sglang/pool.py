@@ -15,6 +15,7 @@ from megatron_mopd.yaml_config import ConfigError
 
 MAX_RESTARTS = 3
 """A server of ours that dies more often than that without answering a request in between stays dead."""
+_NEW = "has no weights yet"
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 10.0
 """How long a server may take to say who it is."""
@@ -37,7 +38,7 @@ class Member:
     elsewhere: int = 0
     """Requests of others that it said it had."""
     restarts: int = 0
-    reason: str = "has no weights yet"
+    reason: str = _NEW
     """Why it is not live."""
     probed: float = field(default=0.0)
     """Monotonic seconds of the last look at it after a fault."""
@@ -165,9 +166,9 @@ class ServerPool:
             if member.url in failed:
                 self.lose(member, failed[member.url])
             elif member.url in synced and not member.is_live:
-                if member.restarts:
+                if member.reason != _NEW:
                     self._say(f"rollout server {member.url} is back, with the current weights")
-                member.is_live = True
+                member.is_live, member.reason = True, _NEW
 
     def close(self) -> None:
         """Stop what was started, and give back what was found: the next run takes a server of nobody's."""
