@@ -47,6 +47,7 @@ class LaunchSpec:
         require(self.tensor % self.expert == 0, "expert: must divide tensor")
         require(self.first_gpu >= 0, "first_gpu: must be >= 0")
         require(self.port is None or 1 <= self.port <= 65536 - self.servers, "port: must be in 1..65535")
+        require(self.host not in ("", "0.0.0.0", "::"), "host: name one address, not every network of the machine")
         require(self.start_seconds > 0, "start_seconds: must be > 0")
         for argument in self.arguments:
             name = argument.partition("=")[0]

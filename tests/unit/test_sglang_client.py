@@ -154,6 +154,16 @@ def test_what_a_server_refuses_is_asked_once(status: int) -> None:
         assert server.seen["/generate"] == 1
 
 
+def test_a_batch_that_fails_leaves_nothing_running_on_the_servers() -> None:
+    def refuse(url: str, answer: Any) -> Rollout:
+        raise ValueError("not this one")
+
+    with serving(echo) as a, serving(echo) as b:
+        with pytest.raises(ValueError, match="not this one"):
+            generate_all(pool_of(a, b), [*requests(3), Request(body={"number": 3}, read=refuse)], LIMITS)
+        assert (a.seen["/abort_request"], b.seen["/abort_request"]) == (1, 1)
+
+
 def test_a_server_that_takes_too_long_counts_as_dead() -> None:
     def slow(path: str, body: Any) -> tuple[int, Any]:
         if path == "/generate":

@@ -53,6 +53,7 @@ SERVED = ServedModel(folder=Path("/models/x"), dtype="float32", context=40, rout
             {"engine": "sglang", "sglang": {"launch": {"arguments": ["--api-key=x"]}}},
             "arguments: --api-key is not taken; it is set from the other keys",
         ),
+        ({"engine": "sglang", "sglang": {"launch": {"host": "0.0.0.0"}}}, "host: name one address, not every network"),
         ({"engine": "sglang", "sglang": {"launch": {}, "retries": -1}}, "retries: must be >= 0"),
         ({"engine": "sglang", "sglang": {"launch": {}, "api_key": "x"}}, "unknown key 'sglang.api_key'"),
         (

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +184,10 @@ def stop_servers(servers: Sequence[ServerProcess]) -> None:
     for server in servers:
         if server.is_running:
             server.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
     for server in servers:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.process.wait(_STOP_SECONDS)
+            server.process.wait(max(0.0, deadline - time.monotonic()))
         server.kill()
 
 
