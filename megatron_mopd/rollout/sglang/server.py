@@ -23,8 +23,11 @@ SGLANG_VERSION = "0.5.23"
 """The release that this program is written for: what its administrative endpoints take changes between releases."""
 _STOP_SECONDS = 10.0
 _LOG_TAIL_BYTES = 20_000
-_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")  # fmt: skip # noqa: E501
-"""Would put our packages before the server's, or make its ranks join ours."""
+_NOT_INHERITED = (
+    "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
+)  # fmt: skip
+"""Would put our packages before the server's, make its ranks join ours, or have it compile itself at every start."""
 
 Device = Literal["cpu", "cuda"]
 
