@@ -105,11 +105,12 @@ def test_arguments_and_environment_on_a_cpu() -> None:
     assert "--base-gpu-id" not in arguments
 
     inherited = {"PATH": "/bin", "PYTHONPATH": "/repo", "RANK": "0", "MASTER_PORT": "5", "OMP_NUM_THREADS": "9"}
+    inherited["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the server's ranks would wait for a store of ours
     environment = server_environment("cpu", 2, inherited)
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["SGLANG_PLATFORM"] == "torch_cpu"
     assert environment["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
-    assert not {"PYTHONPATH", "RANK", "MASTER_PORT"} & set(environment)
+    assert not {"PYTHONPATH", "RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"} & set(environment)
     assert server_environment("cuda", 2, inherited) == {"PATH": "/bin", "OMP_NUM_THREADS": "9"}
 
 

@@ -24,10 +24,11 @@ SGLANG_VERSION = "0.5.23"
 _STOP_SECONDS = 10.0
 _LOG_TAIL_BYTES = 20_000
 _NOT_INHERITED = (
-    "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
+    "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK",
+    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
 )  # fmt: skip
-"""Would put our packages before the server's, make its ranks join ours, or have it compile itself at every start."""
+"""Would put our packages before the server's, have it compile itself at every start, or make its ranks join ours."""
+_NOT_INHERITED_PREFIX = "TORCHELASTIC_"
 
 Device = Literal["cpu", "cuda"]
 
@@ -71,7 +72,7 @@ def server_arguments(spec: LaunchSpec, model: ServedModel, *, index: int, port: 
 
 def server_environment(device: Device, tensor: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment of a server: ours, less what would mislead it."""
-    environment = {name: value for name, value in inherited.items() if name not in _NOT_INHERITED}
+    environment = _inherited(inherited)
     if device == "cuda":
         return environment
     own = {
@@ -102,8 +103,12 @@ def check_environment(python: str) -> None:
         raise ConfigError(f"{key}: {python} has SGLang {version}, this program needs {SGLANG_VERSION}; install that")
 
 
-def _quiet() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _NOT_INHERITED and not name.startswith(_NOT_INHERITED_PREFIX)
+    }
 
 
 def choose_ports(spec: LaunchSpec) -> list[int]:
