@@ -47,6 +47,7 @@ class LaunchSpec:
         require(self.tensor % self.expert == 0, "expert: must divide tensor")
         require(self.first_gpu >= 0, "first_gpu: must be >= 0")
         require(self.port is None or 1 <= self.port <= 65536 - self.servers, "port: must be in 1..65535")
+        require(self.host not in ("", "0.0.0.0", "::"), "host: name one address, not every network of the machine")
         require(self.start_seconds > 0, "start_seconds: must be > 0")
         for argument in self.arguments:
             name = argument.partition("=")[0]
@@ -93,6 +94,9 @@ class RolloutSpec:
     """`dataset`: the file that `mopd sample` wrote."""
     sglang: SglangSpec | None = None
     """`sglang`: the servers."""
+    routing_replay: Literal["off", "R2", "R3"] = "off"
+    """R3: the experts that the servers' routers chose are replayed in training (arXiv 2510.11370) · R2: those of our
+    own log-prob pass."""
     samples_per_prompt: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
@@ -110,6 +114,8 @@ class RolloutSpec:
             raise ConfigError("sglang: missing; engine 'sglang' needs sglang.urls or sglang.launch")
         if self.engine != "sglang" and self.sglang is not None:
             raise ConfigError(f"sglang: not read by engine '{self.engine}'; set engine: sglang or remove it")
+        if self.routing_replay == "R3" and self.engine != "sglang":
+            raise ConfigError(f"routing_replay: R3 replays what servers report; engine '{self.engine}' reports nothing")
         require(self.samples_per_prompt >= 1, "samples_per_prompt: must be >= 1")
         require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
         require(0 < self.top_p <= 1, "top_p: must be in (0, 1]")

@@ -15,7 +15,7 @@ from megatron_mopd.config import RunConfig, save_config
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluation.evaluate import evaluate
 from megatron_mopd.evaluation.results import score_metrics
-from megatron_mopd.metrics import MetricLog, PhaseTimer
+from megatron_mopd.metrics import MetricLog, PhaseTimer, read_records
 from megatron_mopd.packing import pack_step
 from megatron_mopd.parallel.runtime import start_world, stop_world
 from megatron_mopd.preflight import Inputs, resolve_inputs
@@ -83,6 +83,8 @@ class Run:
             self.progress.note(f"{self.folder}: already complete at step {self.first_step}; nothing to do")
         else:
             self.progress.note(f"{self.folder}: going on from step {self.first_step}")
+        if self.first_step > 0 and self._missed_evaluation():
+            self._evaluate(self.first_step)
         return self
 
     def __exit__(
@@ -216,6 +218,13 @@ class Run:
         """Give `evaluator` the student's weights, where it has an engine of its own. Collective."""
         if self._sampler is not self.engine:
             self._sampler.load_weights(self.student.hf_weights(), version=self.student.num_updates)
+
+    def _missed_evaluation(self) -> bool:
+        """Whether the run was saved in the middle of the evaluation that was due. Collective."""
+        every, path = self.config.evaluation.every, self.folder / "metrics.jsonl"
+        due = bool(every) and self.first_step % every == 0
+        done = due and any(record["step"] == self.first_step for record in read_records(path, "eval"))
+        return self.world.any(self.world.is_main and due and not done)
 
     def _evaluate(self, steps_done: int) -> None:
         """Accuracy on the held-out prompts, into the log at the step that was just done."""

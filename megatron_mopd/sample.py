@@ -29,7 +29,7 @@ Keep = Literal["all", "correct"]
 
 def sampling_config(config: RunConfig) -> RunConfig:
     """`config` as it is sampled for: the run that reads the dataset may be given, its prompts are the same."""
-    rollout = replace(config.rollout, engine="in_process", dataset=None, sglang=None)
+    rollout = replace(config.rollout, engine="in_process", dataset=None, sglang=None, routing_replay="off")
     return replace(config, rollout=rollout)
 
 

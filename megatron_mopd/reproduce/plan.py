@@ -99,7 +99,7 @@ def _node(reference: str, spec: NodeSpec, config: ReproduceConfig, evaluation: R
     key = _key(reference)
     overrides = [*config.overrides, *spec.overrides, f"seed={seed}", "run_dir=node"]
     if spec.sample is not None:  # the file may be that of the run which reads the dataset
-        overrides += ["rollout.engine=in_process", "rollout.dataset=null"]
+        overrides += ["rollout.engine=in_process", "rollout.dataset=null", "rollout.sglang=null"]
     elif spec.dataset is not None:
         overrides += ["rollout.dataset=node"]
     run = _load_run(spec.file, overrides, key, spec, evaluation)

@@ -41,7 +41,7 @@ def wanted(config: RunConfig, arch: Architecture, run_id: str) -> Wanted:
         arch=arch,
         dtype=config.model.dtype,
         context=max(domain.max_prompt_tokens + domain.max_response_tokens for domain in config.domains.values()),
-        routed_experts=False,
+        routed_experts=config.rollout.routing_replay == "R3",
         run_id=run_id,
     )
 
@@ -51,6 +51,8 @@ def check_servers(config: RunConfig, arch: Architecture) -> None:
     spec = config.rollout.sglang
     if spec is None:
         return
+    if config.rollout.routing_replay == "R3" and not arch.is_moe:
+        raise ConfigError("rollout.routing_replay: R3, but the student's model has no experts; set it to off")
     if spec.launch is not None:
         check_environment(spec.launch.python)
         choose_ports(spec.launch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,10 +69,19 @@ class _Batch:
         tasks = [asyncio.create_task(self._one(request)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
+        except BaseException:
+            await self._abort()
+            raise
         finally:
             for task in (watch, *tasks):
                 task.cancel()
             await asyncio.gather(watch, *tasks, return_exceptions=True)
+
+    async def _abort(self) -> None:
+        """Nobody waits for what the servers still generate. They are this run's alone."""
+        for member in self._pool.live:
+            with contextlib.suppress(ServerError):  # what went wrong before is what is reported
+                await exchange(member.connection, "POST", "/abort_request", {"abort_all": True}, _PROBE_SECONDS)
 
     async def _one(self, request: Request) -> Rollout:
         faults: dict[int, int] = {}

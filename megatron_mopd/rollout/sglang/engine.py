@@ -41,13 +41,14 @@ Say = Callable[[str], None]
 class SglangEngine:
     """Collective: every rank calls `generate` and `load_weights` at the same time."""
 
-    def __init__(self, config: RunConfig, inputs: Inputs, world: World, say: Say = print) -> None:
-        """Starts the servers, or finds them, and waits until all are ready. `say` takes a line for the user.
+    def __init__(self, config: RunConfig, inputs: Inputs, world: World, say: Say | None = None) -> None:
+        """Starts the servers, or finds them, and waits until all are ready. `say` takes a line for the user: print.
 
         Raises ConfigError on every rank for a server that cannot be used.
         """
         spec = config.rollout.sglang
         assert spec is not None
+        say = say or partial(print, flush=True)
         self._world = world
         self._limits = Limits(concurrency=spec.concurrency, answer_seconds=spec.answer_seconds, retries=spec.retries)
         folder = Path(config.run_dir)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_mopd.rollout.engine import RolloutFailure
-from megatron_mopd.rollout.sglang.check import refusal
+from megatron_mopd.rollout.sglang.check import NOBODY, refusal
 from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError, ServerRefused
 from megatron_mopd.rollout.sglang.server import ServerProcess, stop_servers
 from megatron_mopd.yaml_config import ConfigError
 
 MAX_RESTARTS = 3
 """A server of ours that dies more often than that without answering a request in between stays dead."""
+_NEW = "has no weights yet"
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 10.0
 """How long a server may take to say who it is."""
@@ -36,7 +38,7 @@ class Member:
     elsewhere: int = 0
     """Requests of others that it said it had."""
     restarts: int = 0
-    reason: str = "has no weights yet"
+    reason: str = _NEW
     """Why it is not live."""
     probed: float = field(default=0.0)
     """Monotonic seconds of the last look at it after a fault."""
@@ -164,12 +166,18 @@ class ServerPool:
             if member.url in failed:
                 self.lose(member, failed[member.url])
             elif member.url in synced and not member.is_live:
-                if member.restarts:
+                if member.reason != _NEW:
                     self._say(f"rollout server {member.url} is back, with the current weights")
-                member.is_live = True
+                member.is_live, member.reason = True, _NEW
 
     def close(self) -> None:
-        """Stop what was started."""
+        """Stop what was started, and give back what was found: the next run takes a server of nobody's."""
+        for member in self.live:
+            if member.process is None:
+                with contextlib.suppress(ServerError):  # it is gone, and nobody's then
+                    member.connection.post(
+                        "/update_weight_version", {"new_version": NOBODY, "abort_all_requests": False}
+                    )
         stop_servers([member.process for member in self.members if member.process is not None])
         for member in self.members:
             member.is_live = False

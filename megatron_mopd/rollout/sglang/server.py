@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,12 @@ SGLANG_VERSION = "0.5.23"
 """The release that this program is written for: what its administrative endpoints take changes between releases."""
 _STOP_SECONDS = 10.0
 _LOG_TAIL_BYTES = 20_000
-_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")  # fmt: skip # noqa: E501
-"""Would put our packages before the server's, or make its ranks join ours."""
+_NOT_INHERITED = (
+    "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK",
+    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
+)  # fmt: skip
+"""Would put our packages before the server's, have it compile itself at every start, or make its ranks join ours."""
+_NOT_INHERITED_PREFIX = "TORCHELASTIC_"
 
 Device = Literal["cpu", "cuda"]
 
@@ -67,7 +72,7 @@ def server_arguments(spec: LaunchSpec, model: ServedModel, *, index: int, port: 
 
 def server_environment(device: Device, tensor: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment of a server: ours, less what would mislead it."""
-    environment = {name: value for name, value in inherited.items() if name not in _NOT_INHERITED}
+    environment = _inherited(inherited)
     if device == "cuda":
         return environment
     own = {
@@ -88,7 +93,9 @@ def check_environment(python: str) -> None:
     if not os.access(python, os.X_OK):
         raise ConfigError(f"{key}: {python} is not there or cannot be run; {remedy}")
     code = "import importlib.metadata as m; print(m.version('sglang'))"
-    found = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, cwd="/", env=_quiet())
+    found = subprocess.run(
+        [os.path.abspath(python), "-P", "-c", code], capture_output=True, text=True, cwd="/", env=_quiet()
+    )
     version = found.stdout.strip()
     if found.returncode:
         raise ConfigError(f"{key}: {python} has no SGLang; {remedy}")
@@ -96,8 +103,12 @@ def check_environment(python: str) -> None:
         raise ConfigError(f"{key}: {python} has SGLang {version}, this program needs {SGLANG_VERSION}; install that")
 
 
-def _quiet() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _NOT_INHERITED and not name.startswith(_NOT_INHERITED_PREFIX)
+    }
 
 
 def choose_ports(spec: LaunchSpec) -> list[int]:
@@ -181,9 +192,10 @@ def stop_servers(servers: Sequence[ServerProcess]) -> None:
     for server in servers:
         if server.is_running:
             server.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
     for server in servers:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.process.wait(_STOP_SECONDS)
+            server.process.wait(max(0.0, deadline - time.monotonic()))
         server.kill()
 
 
