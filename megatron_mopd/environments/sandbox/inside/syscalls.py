@@ -157,19 +157,19 @@ def _instruction(code: int, value: int, when_true: int = 0, when_false: int = 0)
 
 
 def install_filter() -> None:
-    """For this process and for good. Raises OSError where the kernel or the processor has no such filter."""
+    """For this process and for good; after `drop_privileges`. Raises OSError where the kernel or the processor has no such filter."""
     machine = MACHINES.get(platform.machine())
     if machine is None:
         raise OSError(errno.ENOSYS, f"no system-call filter for {platform.machine()}")
     program = build_filter(machine, os.getpid())
     text = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(text)))
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(header))
 
 
-def drop_capabilities() -> None:
-    """All of them, of this process and, as it may gain no privileges any more, of what it executes."""
+def drop_privileges() -> None:
+    """Give up all capabilities, and the right to gain any by executing a program."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
     header = ctypes.create_string_buffer(struct.pack("<Ii", CAPABILITY_VERSION_3, 0), 8)
     nothing = ctypes.create_string_buffer(24)
     libc = ctypes.CDLL(None, use_errno=True)
