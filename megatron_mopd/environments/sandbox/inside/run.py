@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     syscalls.drop_privileges()
     if settings["readable"] is not None:
         landlock.restrict_to(settings["readable"])
-    syscalls.install_filter()
+    syscalls.install_filter(own_files=settings["own_files"])
     sys.path[:] = [*(path for path in sys.path[1:] if os.path.isdir(path)), *settings["packages"]]
     os.write(ready, b"1")
     os.close(ready)
