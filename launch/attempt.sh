@@ -97,13 +97,12 @@ leave() { # EXIT CODE: back into the queue, unless it was cancelled or makes no 
         exit 93
     fi
     log "back into the queue${EXCLUDED:+, without $EXCLUDED}"
-    trap '' TERM # Slurm ends this script once the job is requeued; what follows must still happen
+    trap '' TERM # Slurm ends all processes of the job once it is requeued; what follows must still happen
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         log "the job cannot be requeued; submit it again to go on from step $(latest_step)"
         exit "$code"
     fi
     [[ -n ${EXCLUDED:-} ]] && exclude_nodes
-    sleep 60
     exit "$code"
 }
 

@@ -107,14 +107,11 @@ def output_of(cluster: Cluster, job: str) -> str:
 
 def finish(cluster: Cluster, job: str) -> str:
     """Wait for the job's end, through requeues as they come, and return its last state."""
-    restarts = cluster.job_field(job, "Restarts")
 
     def over() -> bool:
-        nonlocal restarts
         if cluster.state(job) in ENDED and "COMPLETING" not in cluster.run("squeue", "-h", "-j", job, check=False):
             return True
-        if cluster.job_field(job, "Reason") == "BeginTime" and cluster.job_field(job, "Restarts") != restarts:
-            restarts = cluster.job_field(job, "Restarts")
+        if cluster.job_field(job, "Reason") == "BeginTime":
             cluster.restart_now(job)
         return False
 

@@ -18,7 +18,7 @@ def submit(cluster: Cluster, config: Path, env: dict[str, str], *options: str, o
 
 
 def test_no_restart_without_progress(cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]) -> None:
-    config = project.write("crash", project.tree(tmp_path / "run"))
+    config = project.write("crash", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text(CRASH)
     job = submit(cluster, config, stub | {"MAX_STALLED": "2"}, "-N1")
     assert finish(cluster, job) == "FAILED"
@@ -30,7 +30,7 @@ def test_no_restart_without_progress(cluster: Cluster, project: Project, tmp_pat
 
 
 def test_a_mistake_of_the_users_is_not_tried_again(cluster: Cluster, project: Project, tmp_path: Path) -> None:
-    config = project.write("mistake", project.tree(tmp_path / "run"))
+    config = project.write("mistake", project.tree(tmp_path / "run", parallel={}))
     job = sbatch(cluster, "-N1", MOPD, "--ranks-per-node=2", str(config), "teachers.b.checkpoint=/nowhere/else")
     assert finish(cluster, job) == "FAILED"
     assert cluster.job_field(job, "ExitCode") == "93:0"
@@ -41,7 +41,7 @@ def test_a_mistake_of_the_users_is_not_tried_again(cluster: Cluster, project: Pr
 def test_a_bad_node_is_named_and_left_out(
     cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]
 ) -> None:
-    config = project.write("bad_node", project.tree(tmp_path / "run"))
+    config = project.write("bad_node", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text(COMPLETE)
     job = submit(cluster, config, stub | {"BAD_NODE": "node1"}, "-N2", "--nodelist=node1,node2")
     wait_until(lambda: cluster.job_field(job, "ExcNodeList") == "node1", SECONDS, output_of(cluster, job))
@@ -53,7 +53,7 @@ def test_a_bad_node_is_named_and_left_out(
 
 
 def test_a_spare_node_stands_in(cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]) -> None:
-    config = project.write("spare", project.tree(tmp_path / "run"))
+    config = project.write("spare", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text(COMPLETE)
     job = submit(cluster, config, stub | {"BAD_NODE": "node2"}, "-N3", own=("--spare-nodes", "1"))
     assert finish(cluster, job) == "COMPLETED", output_of(cluster, job)
@@ -61,7 +61,7 @@ def test_a_spare_node_stands_in(cluster: Cluster, project: Project, tmp_path: Pa
 
 
 def test_cancelled_means_cancelled(cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]) -> None:
-    config = project.write("cancelled", project.tree(tmp_path / "run"))
+    config = project.write("cancelled", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text('trap "exit 0" TERM USR1\ntouch "$MOPD_ATTEMPT/up"\nsleep 600 &\nwait\n')
     job = submit(cluster, config, stub, "-N1")
     wait_until((tmp_path / "run" / "logs" / "attempt_1" / "up").exists, SECONDS, output_of(cluster, job))
@@ -92,7 +92,7 @@ def test_rollout_servers_have_nodes_of_their_own(
     het: bool, cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]
 ) -> None:
     run_dir = tmp_path / "run"
-    config = project.write("roles", project.tree(run_dir))
+    config = project.write("roles", project.tree(run_dir, parallel={}))
     server = tmp_path / "server"
     server.write_text(SERVER)
     server.chmod(0o755)
@@ -117,7 +117,7 @@ def test_a_dead_server_ends_the_attempt(
     cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]
 ) -> None:
     run_dir = tmp_path / "run"
-    config = project.write("dead_server", project.tree(run_dir))
+    config = project.write("dead_server", project.tree(run_dir, parallel={}))
     server = tmp_path / "server"
     server.write_text(SERVER.replace(".serve_forever()", ".handle_request()"))  # the launcher's question is its last
     server.chmod(0o755)
