@@ -104,10 +104,12 @@ check_nodes() { # one task per node; bad nodes leave the roles, or the job is re
     printf '%s\n' "$SLURM_JOB_ID.$ATTEMPT_NUMBER" >"$folder/canary"
     [[ ${PREFLIGHT:-full} == full ]] && network=(--network)
     export MOPD_VERSIONS=${FACTS[versions]:-}
-    timeout "${PREFLIGHT_SECONDS:-600}" srun --nodes="${#ALL_HOSTS[@]}" --ntasks="${#ALL_HOSTS[@]}" --ntasks-per-node=1 "${HET_ALL[@]}" \
-        --kill-on-bad-exit=0 --cpu-bind=none "${CONTAINER[@]}" "$PYTHON" -m megatron_mopd.cluster.node_check --folder "$folder" \
-        --token "$SLURM_JOB_ID.$ATTEMPT_NUMBER" --gpus "$GPUS_PER_NODE" --port "$((MASTER_PORT + 1))" "${network[@]}" \
-        --nodes "${ALL_HOSTS[@]}" >"$folder/output.log" 2>&1 &
+    local task_of_all=(--ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none "${CONTAINER[@]}")
+    local check=("$PYTHON" -m megatron_mopd.cluster.node_check --folder "$folder" --token "$SLURM_JOB_ID.$ATTEMPT_NUMBER"
+        --gpus "$GPUS_PER_NODE" --port "$((MASTER_PORT + 1))" "${network[@]}" --nodes "${ALL_HOSTS[@]}")
+    local line=(srun "${HET_FIRST[@]}" "--nodes=$NODES" "--ntasks=$NODES" "${task_of_all[@]}" "${check[@]}")
+    ((${#HET_HOSTS[@]})) && line+=(: --het-group=1 "--nodes=${#HET_HOSTS[@]}" "--ntasks=${#HET_HOSTS[@]}" "${task_of_all[@]}" "${check[@]}")
+    timeout "${PREFLIGHT_SECONDS:-600}" "${line[@]}" >"$folder/output.log" 2>&1 &
     local task=$!
     while :; do
         wait "$task"
@@ -119,8 +121,14 @@ check_nodes() { # one task per node; bad nodes leave the roles, or the job is re
         if [[ -s $folder/$host.bad ]]; then log "bad node $host: $(paste -sd';' "$folder/$host.bad")"; else log "bad node $host: did not answer; see $folder/output.log"; fi
     done
     ((${#bad[@]})) || { log "all ${#ALL_HOSTS[@]} nodes passed the check"; }
+    if ((${#bad[@]} == ${#ALL_HOSTS[@]} && ${#bad[@]} > 1)); then # it is not the nodes
+        log "not started again: no node passed the check; see $folder"
+        end_attempt no-restart
+        exit 93
+    fi
+    plan_roles "${bad[@]}" && return
     EXCLUDED=$(join , "${bad[@]}")
-    plan_roles "${bad[@]}"
+    return 1
 }
 
 start_roles() {
