@@ -80,7 +80,7 @@ run_job() {
     fi
     rm -f "$DONE"
     if ! check_nodes; then
-        end_attempt nodes
+        end_attempt "${STOP:-nodes}"
         leave 1
     fi
     start_roles
@@ -115,6 +115,7 @@ check_nodes() { # one task per node; bad nodes leave the roles, or the job is re
         wait "$task"
         kill -0 "$task" 2>/dev/null || break
     done
+    [[ -n $STOP ]] && return 1 # cut short: this says nothing about the nodes
     for host in "${ALL_HOSTS[@]}"; do
         [[ -e $folder/$host.ok ]] && continue
         bad+=("$host")
@@ -168,6 +169,7 @@ wait_for_training() { # TRAIN_CODE; a role that dies takes the others with it
         kill -0 "$TRAIN_PID" 2>/dev/null || break
         if [[ -n $ROLLOUT_ENDED && -z $told ]]; then
             told=1
+            : >"$MOPD_ATTEMPT/stop"
             log "a rollout server ended; training gets ${ROLE_GRACE:-60} s to end too"
             (sleep "${ROLE_GRACE:-60}"; kill -KILL "$TRAIN_PID" 2>/dev/null) &
         fi

@@ -165,9 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [item for item in arguments.rest if "=" in item and not item.startswith("-")]
     try:
         shape = _shape(arguments)
-        facts = describe(arguments.command, arguments.config, overrides, shape, full=arguments.full)
         if arguments.full and not arguments.shared and shape is not None:
-            check_shared(Path(facts["run_dir"]), Path("/proc/mounts").read_text(), shape.nodes)
+            folder = describe(arguments.command, arguments.config, overrides, shape, full=False)["run_dir"]
+            check_shared(Path(folder), Path("/proc/mounts").read_text(), shape.nodes)
+        facts = describe(arguments.command, arguments.config, overrides, shape, full=arguments.full)
     except ConfigError as error:
         print(f"mopd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG

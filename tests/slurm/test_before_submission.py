@@ -22,7 +22,7 @@ TWO = ("-N2", "--ranks-per-node=1")
         (("-N2", ":", "-N1", "--ranks-per-node=1"), (), ["needs no servers", "het"]),
         (TWO, ("optim.lrr=1",), ["optim.lrr", "lr"]),
         (TWO, ("model.checkpoint=/not/set",), ["model.checkpoint", "/not/set"]),
-        ((*TWO, "--partition=nowhere"), (), ["Slurm refuses", "invalid partition"]),
+        ((*TWO, "--partition=nowhere"), (), ["Slurm refuses", "Invalid partition"]),
         (("-N5", "--ranks-per-node=1"), ("parallel.ranks=5",), ["Slurm refuses"]),
     ],
 )
