@@ -79,6 +79,10 @@ logged "${pip[@]}" setuptools
 # pip compiles every module, on one core, in a minute: half of its work. This uses all cores and leaves out what is
 # not imported here. A file that does not compile (tests of old syntax) is no failure.
 logged "${pip[@]}" --no-build-isolation --no-compile --progress-bar off -e ".[dev]"
+# Transformer Engine's Python code alone (1 MB), beside the environment and not in it: tests make its modules, which
+# nothing can run without a GPU. In the environment Megatron-Core would take it for the whole package.
+"${pip[@]}" --no-deps --no-compile --upgrade --target "$venv/transformer_engine" transformer-engine >>"$log" 2>&1 ||
+    echo "setup: transformer-engine could not be downloaded; tests/te will be skipped"
 echo "setup: compiling"
 logged compile
 echo "setup: done in $SECONDS s"

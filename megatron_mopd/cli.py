@@ -122,6 +122,9 @@ def _add_study_commands(commands: Any) -> None:
     )
     demo.add_argument("--config-dir", metavar="DIR", default="configs/tiny", help="default: %(default)s")
     demo.add_argument("--run-dir", metavar="DIR", default="runs/demo", help="default: %(default)s")
+    demo.add_argument(
+        "--student", metavar="NAME", default="mopd", help="its file in the configuration folder; default: %(default)s"
+    )
     compare = _command(
         commands,
         "reproduce CONFIG",
@@ -249,7 +252,7 @@ def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"--config-dir {config_dir}: no such folder; run from the repository, or name it")
     from megatron_mopd.demo import run_demo
 
-    return run_demo(config_dir, Path(arguments.run_dir), overrides)
+    return run_demo(config_dir, Path(arguments.run_dir), overrides, arguments.student)
 
 
 def _report(arguments: argparse.Namespace, more_runs: list[str]) -> int:

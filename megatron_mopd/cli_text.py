@@ -85,6 +85,7 @@ DEMO_EPILOG = """\
 examples:
   mopd demo
   mopd demo --run-dir runs/demo2 seed=1
+  mopd demo --student mopd_sglang      two SGLang servers sample; same base and teachers
 """
 
 REPRODUCE = """\

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mopd.data_config import BenchmarkSpec, DomainSpec, EvalSpec, SourceSpec, Split
-from megatron_mopd.method_config import ObjectiveSpec, RolloutSpec, Stage, check_method, sequential_steps
+from megatron_mopd.method_config import ObjectiveSpec, Stage, check_method, sequential_steps
+from megatron_mopd.rollout_config import LaunchSpec, RolloutSpec, SglangSpec
+from megatron_mopd.teacher_config import TeacherMemorySpec, TeacherSpec
 from megatron_mopd.yaml_config import (
     ConfigError,
     apply_overrides,
@@ -30,6 +32,7 @@ __all__ = [
     "CheckpointSpec",
     "DomainSpec",
     "EvalSpec",
+    "LaunchSpec",
     "LogSpec",
     "ModelSpec",
     "ObjectiveSpec",
@@ -37,9 +40,11 @@ __all__ = [
     "ParallelSpec",
     "RolloutSpec",
     "RunConfig",
+    "SglangSpec",
     "SourceSpec",
     "Split",
     "Stage",
+    "TeacherMemorySpec",
     "TeacherSpec",
     "check_layout",
     "load_config",
@@ -57,23 +62,35 @@ class ModelSpec:
     """Folder or Hub name with safetensors, or a checkpoint of this program; null starts from random weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations; gradients and the optimizer are always fp32."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """GPU only: the student's linear layers multiply in fp8 (Transformer Engine); weights stay bfloat16, teachers are
+    scored in bfloat16. hybrid: e4m3 forward, e5m2 backward."""
+    fp8_recipe: Literal["blockwise", "tensorwise", "delayed"] = "blockwise"
+    """How values are scaled; blockwise is DeepSeek-V3's way (arXiv 2412.19437 sec. 3.3), with e4m3."""
+    gradient_accumulation_fusion: bool = False
+    """GPU only: weight gradients are added to the fp32 buffer by the product itself; needs NVIDIA's apex."""
 
     def __post_init__(self) -> None:
         require(
             self.hf_config is not None or self.checkpoint is not None,
             "hf_config and checkpoint are both missing; set hf_config to a folder with config.json",
         )
+        require(
+            self.fp8 is None or self.dtype == "bfloat16",
+            f"fp8: weights and activations outside the products are bfloat16, not {self.dtype}; set dtype: bfloat16",
+        )
+        if self.fp8 is None and self.fp8_recipe != "blockwise":
+            raise ConfigError(f"fp8_recipe: '{self.fp8_recipe}', but fp8 is off; set fp8 or remove it")
+
+    @property
+    def tokens_multiple(self) -> int:
+        """The products of fp8 take a multiple of 16 tokens on each tensor-parallel rank."""
+        return 1 if self.fp8 is None else 16
 
     @property
     def source(self) -> str:
         """Where config.json and the tokenizer are read from."""
         return self.hf_config or self.checkpoint or ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherSpec:
-    checkpoint: str
-    """Folder or Hub name with safetensors, a checkpoint of this program, or `self`: the student at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +182,7 @@ class RunConfig:
     """mixed: all domains in every step, by `weight` · sequential: one domain after another in this file's order,
     `weight` shares out the steps (Cascade RL)."""
     teachers: dict[str, TeacherSpec] = field(default_factory=dict)
+    teacher_memory: TeacherMemorySpec = field(default_factory=TeacherMemorySpec)
     allow_identical_teacher: bool = False
     """Let a teacher with the student's own weights pass; without it such a run is refused as inert."""
     rollout: RolloutSpec = field(default_factory=RolloutSpec)
@@ -183,6 +201,8 @@ class RunConfig:
     def _check_teachers(self) -> None:
         names = ", ".join(self.teachers) or "none"
         if self.stage != "mopd":
+            if self.teacher_memory != TeacherMemorySpec():
+                raise ConfigError(f"teacher_memory: stage '{self.stage}' has no teachers; remove it")
             require(not self.teachers, f"teachers: not used in stage '{self.stage}'; remove them")
             for name, domain in self.domains.items():
                 require(domain.teacher is None, f"domains.{name}.teacher: not used in stage '{self.stage}'; remove it")

@@ -29,6 +29,7 @@ from megatron_mopd.student.hf_files import content_hash
 from megatron_mopd.yaml_config import ConfigError, dump_yaml
 
 BASE, STUDENT = "sft", "mopd"
+"""Files of the configuration folder; `mopd demo --student` takes another student from the same base and teachers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,10 @@ class Stage:
         return latest is not None and read_manifest(latest).step >= self.config.steps
 
 
-def run_demo(config_dir: Path, run_dir: Path, overrides: Sequence[str]) -> int:
+def run_demo(config_dir: Path, run_dir: Path, overrides: Sequence[str], student: str = STUDENT) -> int:
     """Run what is missing of the demo and print its table. Returns the exit code; raises ConfigError."""
     console = Console()
-    stages = _stages(config_dir, run_dir, overrides)
+    stages = _stages(config_dir, run_dir, overrides, student)
     state = _State(run_dir / "demo.json")
     for number, stage in enumerate(stages, start=1):
         heading = f"[{number}/{len(stages) + 1}] {stage.name}"
@@ -78,9 +79,9 @@ def run_demo(config_dir: Path, run_dir: Path, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _stages(config_dir: Path, run_dir: Path, overrides: Sequence[str]) -> list[Stage]:
+def _stages(config_dir: Path, run_dir: Path, overrides: Sequence[str], student: str) -> list[Stage]:
     """sft, the teachers in the order of the student's file, mopd; each reads the checkpoints of those before it."""
-    mopd = load_config(config_dir / f"{STUDENT}.yaml", overrides)
+    mopd = load_config(config_dir / f"{student}.yaml", overrides)
     base = f"{run_dir}/{BASE}/checkpoints/latest"
 
     def stage(name: str, *moved: str) -> Stage:
@@ -93,7 +94,7 @@ def _stages(config_dir: Path, run_dir: Path, overrides: Sequence[str]) -> list[S
     return [
         stage(BASE),
         *(stage(run, from_base) for run in teachers.values()),
-        stage(STUDENT, from_base, *routes),
+        stage(student, from_base, *routes),
     ]
 
 
@@ -153,24 +154,26 @@ def _report(
     accuracy: dict[str, dict[str, float]],
     seconds: dict[str, float],
 ) -> None:
-    mopd = stages[-1].config
+    mopd, student = stages[-1].config, stages[-1].name
+    # Another student's figures lie in its own folder: those of the demo proper stay.
+    folder = run_dir if student == STUDENT else run_dir / student
     routed = {name: domain.teacher or "" for name, domain in mopd.domains.items()}
     comparison = Comparison(
         before=accuracy[BASE],
         teachers={name: accuracy[f"rl_{name}"] for name in mopd.teachers},
-        after=accuracy[STUDENT],
+        after=accuracy[student],
         routed=routed,
     )
-    stage_of = {"base": BASE, STUDENT: STUDENT} | {name: f"rl_{name}" for name in mopd.teachers}
+    stage_of = {"base": BASE, STUDENT: student} | {name: f"rl_{name}" for name in mopd.teachers}
     write_summary(
-        run_dir / "summary.json",
+        folder / "summary.json",
         comparison,
         seed=mopd.seed,
         compute={name: read_compute(run_dir / stage) for name, stage in stage_of.items()},
-        runs={STUDENT: STUDENT},
+        runs={STUDENT: str((run_dir / student).relative_to(folder))},
         seconds=seconds,
     )
-    page = write_report([run_dir], run_dir / "report")
+    page = write_report([folder], folder / "report")
     console.print(accuracy_table(comparison))
     console.print(f"mean normalised score {comparison.normalised_mean:.3f}", highlight=False)
     console.print(f"run folder {run_dir}: summary.json and one folder per stage", highlight=False)

@@ -1,4 +1,4 @@
-"""What a run minimises, and on whose answers: the objective, the rollouts, and the order of the domains."""
+"""What a run minimises: the objective, which rollouts go with it, and the order of the domains."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+from megatron_mopd.rollout_config import RolloutSpec
 from megatron_mopd.yaml_config import ConfigError, require
 
 Stage = Literal["sft", "rl", "mopd"]
@@ -63,32 +64,6 @@ class ObjectiveSpec:
         require(self.max_sampling_rounds >= 1, "max_sampling_rounds: must be >= 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RolloutSpec:
-    engine: Literal["in_process", "dataset"] = "in_process"
-    """in_process: the student answers, on-policy · dataset: stored answers of the teachers, off-policy."""
-    dataset: str | None = None
-    """`dataset`: the file that `mopd sample` wrote."""
-    samples_per_prompt: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: no limit."""
-    batch_size: int = 256
-    """Sequences that one rank decodes together."""
-
-    def __post_init__(self) -> None:
-        if self.engine == "dataset" and not self.dataset:
-            raise ConfigError("dataset: missing; engine 'dataset' needs the file that `mopd sample` wrote")
-        if self.engine != "dataset" and self.dataset is not None:
-            raise ConfigError(f"dataset: not read by engine '{self.engine}'; set engine: dataset or remove it")
-        require(self.samples_per_prompt >= 1, "samples_per_prompt: must be >= 1")
-        require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
-        require(0 < self.top_p <= 1, "top_p: must be in (0, 1]")
-        require(self.top_k >= 0, "top_k: must be >= 0 (0 is no limit)")
-        require(self.batch_size >= 1, "batch_size: must be >= 1")
-
-
 def check_method(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -> None:
     """Raise ConfigError where stage, objective and rollouts do not go together."""
     kind, allowed = objective.kind, KINDS[stage]
@@ -98,6 +73,8 @@ def check_method(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -
             raise ConfigError("rollout.samples_per_prompt: group-normalised rewards need at least 2 samples a prompt")
         if rollout.temperature == 0:
             raise ConfigError("rollout.temperature: group-normalised rewards need temperature > 0")
+    if rollout.engine == "sglang" and stage == "sft":
+        raise ConfigError("rollout.engine: stage 'sft' learns reference answers and samples none; remove it")
     if rollout.engine == "dataset":
         _check_dataset(stage, objective, rollout)
     _check_unused(stage, objective, rollout)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_mopd.config import DomainSpec, RunConfig, Split, check_layout
+from megatron_mopd.config import DomainSpec, ModelSpec, RunConfig, Split, check_layout
 from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluation.documents import read_windows
 from megatron_mopd.hub import MANIFEST, MODEL_FOLDER, resolve_folder
+from megatron_mopd.rollout.sglang.check import check_servers
 from megatron_mopd.run_identity import check_kept_out
 from megatron_mopd.student.architecture import Architecture, check_architecture, read_architecture
 from megatron_mopd.student.checkpoint_files import read_manifest
@@ -79,6 +81,7 @@ def _open_dataset(config: RunConfig, tokenizer: Tokenizer, vocab_size: int) -> D
 def check(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError for whatever would stop `config` on `world_size` ranks."""
     check_layout(config.parallel, world_size)
+    check_gpu_packages(config.model)
     inputs = resolve_inputs(config)
     check_architecture(inputs.arch, config.parallel)
     _check_vocabulary(config, inputs)
@@ -87,6 +90,24 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_lengths(config, inputs.arch)
     _check_data(config, inputs.arch, inputs.tokenizer, dataset=inputs.dataset)
     check_writable(Path(config.run_dir), "run_dir")
+    if config.teacher_memory.folder is not None:
+        check_writable(Path(config.teacher_memory.folder), "teacher_memory.folder")
+    check_servers(config, inputs.arch)
+
+
+def check_gpu_packages(model: ModelSpec) -> None:
+    """Raise ConfigError where `model` asks for what only a package can do that is not installed here."""
+    if model.fp8 is not None and find_spec("transformer_engine") is None:
+        raise ConfigError(
+            f"model.fp8: '{model.fp8}' needs a GPU and Transformer Engine, which is not installed; "
+            "pip install '.[gpu]' where the CUDA toolkit is, or remove it"
+        )
+    if model.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
+        raise ConfigError(
+            "model.gradient_accumulation_fusion: NVIDIA's apex with its CUDA extensions is not installed; build it "
+            "(APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation . in github.com/NVIDIA/apex) "
+            "or set it to false"
+        )
 
 
 def check_evaluation(config: RunConfig, checkpoint: str, world_size: int, split: Split) -> None:

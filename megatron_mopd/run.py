@@ -22,8 +22,9 @@ from megatron_mopd.preflight import Inputs, resolve_inputs
 from megatron_mopd.progress import Progress
 from megatron_mopd.rollout.answers import ReferenceAnswers
 from megatron_mopd.rollout.collect import Collector, rollout_metrics
-from megatron_mopd.rollout.engine import RolloutEngine
+from megatron_mopd.rollout.engine import RolloutEngine, RolloutFailure
 from megatron_mopd.rollout.load import make_engine
+from megatron_mopd.rollout.sglang.engine import SglangEngine
 from megatron_mopd.rollout.stored_answers import StoredAnswers
 from megatron_mopd.run_identity import check_same_run, run_identity
 from megatron_mopd.run_lock import lock_run_folder
@@ -65,6 +66,7 @@ class Run:
         self._sampler = self._sampling_engine() if own_sampler else self.engine
         self.evaluator = Collector(config, self.mixer, self._sampler, self.inputs.tokenizer, self.world)
         self.engine.load_weights(self.student.hf_weights(), version=self.student.num_updates)
+        self._done = (self.first_step, self.mixer.state_dict())
 
     def __enter__(self) -> Self:
         self.world.on_main(lambda: save_config(self.config, self.folder / "config.yaml"))
@@ -87,6 +89,10 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.progress.__exit__(kind, error, traceback)
+        if isinstance(error, RolloutFailure):
+            self._save_done()
+        if isinstance(self.engine, SglangEngine):
+            self.engine.close()
         if kind is None:
             self.log.close()
             stop_world()
@@ -116,7 +122,7 @@ class Run:
             self.config,
             data_rank=self.world.data.rank,
             data_ranks=self.world.data.size,
-            multiple_of=self.world.tensor.size,
+            multiple_of=self.world.tensor.size * self.config.model.tokens_multiple,
             device=self.world.device,
         )
 
@@ -135,10 +141,12 @@ class Run:
             **token_metrics(
                 rollouts, generated=self.collector.generated_tokens, has_teachers=bool(self.config.teachers)
             ),
+            **self.teachers.take_metrics(),
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
         self.log.step(step, metrics)
+        self._done = (step + 1, self.mixer.state_dict())
         self.progress.update(step + 1, metrics)
         if self.config.evaluation.every and (step + 1) % self.config.evaluation.every == 0:
             self._evaluate(step + 1)
@@ -169,6 +177,14 @@ class Run:
         self.steps_saved = steps_done
         self.world.on_main(self._mark_done)
 
+    def _save_done(self) -> None:
+        """Save the steps that were done before a failure in which no rank was lost: a resume repeats none of them."""
+        steps_done, drawn = self._done
+        if steps_done > self.steps_saved:
+            self.mixer.load_state_dict(drawn)
+            self.save(steps_done)
+        self.progress.note(f"{self.folder}: {steps_done} steps are saved; the same command goes on from there")
+
     def _mark_done(self) -> None:
         """DONE in the run folder says to launchers that the last step's checkpoint is there."""
         if self.steps_saved >= self.config.steps:
@@ -191,6 +207,8 @@ class Run:
         return ReferenceAnswers(self.inputs.tokenizer) if self.config.reads_answers else self._sampling_engine()
 
     def _sampling_engine(self) -> RolloutEngine:
+        if self.config.rollout.engine == "sglang":
+            return SglangEngine(self.config, self.inputs, self.world)
         return make_engine(self.config, self.inputs.arch, self.inputs.tokenizer, self.world.device)
 
     def refresh_evaluator(self) -> None:

@@ -26,12 +26,17 @@ def run_identity(config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | Non
         # One domain after another: how many steps there are says whose turn it is.
         **({"steps": config.steps} if config.domain_schedule == "sequential" else {}),
         "objective": to_tree(config.objective),
-        # A dataset is its contents: the file may move.
-        "rollout": to_tree(config.rollout) | {"dataset": dataset.fingerprint if dataset else None},
+        "rollout": _rollout_identity(config, dataset),
         "evaluation": evaluation,
         "vocabulary": tokenizer.fingerprint.vocab_hash,
         "chat_template": tokenizer.fingerprint.template_hash,
     }
+
+
+def _rollout_identity(config: RunConfig, dataset: Dataset | None) -> dict[str, Any]:
+    """A dataset is its contents: the file may move. Which servers sample, and where they are, may change."""
+    tree = to_tree(config.rollout) | {"dataset": dataset.fingerprint if dataset else None}
+    return {key: value for key, value in tree.items() if key != "sglang"}
 
 
 def check_kept_out(saved: Mapping[str, Any], config: RunConfig, split: Split) -> None:

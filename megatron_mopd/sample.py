@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mopd.config import RunConfig
-from megatron_mopd.domains.dataset import Cost, DatasetWriter, StoredAnswer, origin_of, writing
+from megatron_mopd.domains.dataset import Cost, StoredAnswer, origin_of
+from megatron_mopd.domains.dataset_writer import DatasetWriter
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.domains.verifiers import FULL_SCORE
 from megatron_mopd.parallel.runtime import World, start_world, stop_world
@@ -18,6 +19,7 @@ from megatron_mopd.preflight import Inputs, check_writable, resolve_inputs
 from megatron_mopd.progress import Progress
 from megatron_mopd.rollout.collect import Collector
 from megatron_mopd.rollout.load import load_engine
+from megatron_mopd.run_identity import run_identity
 from megatron_mopd.teachers.manifest import teacher_manifest, teacher_weights
 from megatron_mopd.types import Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -27,7 +29,7 @@ Keep = Literal["all", "correct"]
 
 def sampling_config(config: RunConfig) -> RunConfig:
     """`config` as it is sampled for: the run that reads the dataset may be given, its prompts are the same."""
-    rollout = replace(config.rollout, engine="in_process", dataset=None)
+    rollout = replace(config.rollout, engine="in_process", dataset=None, sglang=None)
     return replace(config, rollout=rollout)
 
 
@@ -54,13 +56,16 @@ def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
     world = start_world(config.parallel, config.seed)
     inputs = resolve_inputs(config)
     weights = teacher_weights(config, teacher_manifest(config, inputs, world))
-    answers = _answers(config, inputs, world)
-    if not world.is_main:
+    settings = run_identity(config, inputs.tokenizer) | {"steps": config.steps}
+    writer = world.on_main(lambda: DatasetWriter(Path(out), origin_of(inputs.tokenizer, weights, keep), settings))
+    done = world.all_gather_objects(writer.so_far.steps if writer else None)[0]
+    answers = _answers(config, inputs, world, done)
+    if writer is None:
         for _ in answers:
             pass
         stop_world()
         return {}
-    with writing(Path(out), origin_of(inputs.tokenizer, weights, keep)) as writer:
+    with writer:
         cost = write_answers(answers, writer, keep)
         for name in config.domains:
             if name not in cost.sampled:
@@ -74,10 +79,11 @@ def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
 
 
 def write_answers(answers: Iterable[Sequence[Rollout]], writer: DatasetWriter, keep: Keep) -> Cost:
-    """Write them as they come, `correct`: those with the full score alone. What all of them cost, for the footer."""
-    started, tokens = time.monotonic(), 0
-    sampled: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
+    """Write them as they come, a step at a time, `correct`: those with the full score alone. What all of them cost,
+    those that were there before among them, for the footer."""
+    before = writer.so_far
+    started, tokens = time.monotonic() - before.seconds, before.generated_tokens
+    sampled, left_out = Counter(before.sampled), Counter(before.left_out)
     for rollouts in answers:
         for rollout in rollouts:
             sampled[rollout.domain] += 1
@@ -86,6 +92,7 @@ def write_answers(answers: Iterable[Sequence[Rollout]], writer: DatasetWriter, k
                 left_out[rollout.domain] += 1
             else:
                 writer.write(StoredAnswer.of(rollout))
+        writer.end_step(sampled=sampled, left_out=left_out, tokens=tokens, seconds=time.monotonic() - started)
     return Cost(
         answers=sampled.total() - left_out.total(),
         sampled=dict(sampled),
@@ -95,18 +102,25 @@ def write_answers(answers: Iterable[Sequence[Rollout]], writer: DatasetWriter, k
     )
 
 
-def _answers(config: RunConfig, inputs: Inputs, world: World) -> Iterator[list[Rollout]]:
-    """The verified answers of every teacher, a step's prompts at a time, alike on every rank. Collective."""
-    done = 0
-    with Progress("sample", total=len(config.teachers) * config.steps, rank=world.rank) as progress:
-        for name, (arch, folder) in inputs.teachers.items():
+def _answers(config: RunConfig, inputs: Inputs, world: World, done: int) -> Iterator[list[Rollout]]:
+    """The verified answers of every teacher, a step's prompts at a time, alike on every rank, without the first
+    `done` steps. Collective."""
+    total = len(config.teachers) * config.steps
+    with Progress("sample", total=total, rank=world.rank, start=done) as progress:
+        if done:
+            progress.note(f"going on from step {done} of {total}")
+        for place, (name, (arch, folder)) in enumerate(inputs.teachers.items()):
+            first = max(0, done - place * config.steps)
+            if first >= config.steps:
+                continue
             engine = load_engine(config, arch, inputs.tokenizer, world.device, folder)
             # Read from the start for every teacher: rendering prompts again is cheaper than keeping them all.
             mixer = DomainMixer(config, inputs.tokenizer)
             collector = Collector(config, mixer, engine, inputs.tokenizer, world)
             for step in range(config.steps):
                 prompts = mixer.draw(config.prompts_per_step, step)
+                if step < first:
+                    continue
                 own = [prompt for prompt in prompts if config.domains[prompt.domain].teacher == name]
                 yield collector.sample(own, seed=config.seed * 1_000_003 + step) if own else []
-                done += 1
-                progress.update(done, {})
+                progress.update(place * config.steps + step + 1, {})

@@ -7,15 +7,13 @@ dataset of any size needs a few bytes of memory an answer.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import FinishReason, Rollout
@@ -94,38 +92,6 @@ def origin_of(tokenizer: Tokenizer, teachers: Mapping[str, str], keep: str) -> O
         teachers=dict(teachers),
         keep=keep,
     )
-
-
-class DatasetWriter:
-    """Writes lines to a file beside `path`; `finish` adds the footer and moves it there, complete."""
-
-    def __init__(self, file: TextIO, path: Path, partial: Path):
-        self._file, self._path, self._partial = file, path, partial
-
-    def write(self, answer: StoredAnswer) -> None:
-        self._file.write(json.dumps(asdict(answer), separators=(",", ":")) + "\n")
-
-    def finish(self, cost: Cost) -> None:
-        self._file.write(json.dumps({"cost": asdict(cost)}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.replace(self._partial, self._path)
-
-
-@contextlib.contextmanager
-def writing(path: Path, origin: Origin) -> Iterator[DatasetWriter]:
-    """A new dataset at `path`, there once it is finished. Raises ConfigError when the file cannot be written."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"origin": asdict(origin)}) + "\n")
-            yield DatasetWriter(file, path, partial)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}; choose another file or free space") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

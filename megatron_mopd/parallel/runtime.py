@@ -64,6 +64,12 @@ class World:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def scatter_objects(self, values: list[Any] | None) -> Any:
+        """This rank's element of rank 0's `values` [size]; the other ranks pass None."""
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, values if self.is_main else None, src=0)
+        return received[0]
+
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
         tensor = torch.tensor([int(flag)], device=self.device)

@@ -19,7 +19,7 @@ from megatron_mopd.reproduce.execute import execute
 from megatron_mopd.reproduce.graph import Node, with_inputs
 from megatron_mopd.reproduce.plan import load_evaluation, scaled_methods, scaled_name, seed_nodes, trial_methods
 from megatron_mopd.reproduce.store import StoredNode, place, prune, write_json
-from megatron_mopd.reproduce.summary import read_figures, summarise
+from megatron_mopd.reproduce.summary import lost_leads, read_figures, summarise, summary_path
 from megatron_mopd.reproduce.table import compute_table, scaling_table, score_table
 from megatron_mopd.reproduce.tune import trial_scores, tuning_table
 from megatron_mopd.run_lock import lock_run_folder
@@ -81,6 +81,7 @@ def reproduce(path: str, overrides: Sequence[str], options: Options) -> int:
     if options.dry_run:
         _say_changes(plan, stored)
         _show(cost_table(plan.nodes, stored, plan.wanted))
+        _say(f"nothing was made; without --dry-run the results go to {run_dir}")
         return 0
     with lock_run_folder(run_dir):
         if options.prune:
@@ -211,13 +212,16 @@ def _report(plan: Plan, stored: Mapping[str, StoredNode], run_dir: Path, options
     complete = [name for name in _evaluated(plan) if _is_complete(plan, stored, name)]
     figures = read_figures(plan.domains, stored, plan.seeds, complete)
     methods = [name for name in plan.config.methods if name in complete]
+    for line in lost_leads(figures):
+        _say(f"warning: {line}")
     summary = summarise(plan.config, figures, stored, plan.seeds, methods)
-    write_json(run_dir / "summary.json", summary)
+    path = summary_path(run_dir, len(plan.seeds))
+    write_json(path, summary)
     _show(score_table(summary))
     if summary["scaling"]:
         _show(scaling_table(summary))
     _show(compute_table(summary))
-    _say(f"{run_dir / 'summary.json'}")
+    _say(str(path))
 
 
 def _evaluated(plan: Plan) -> list[str]:

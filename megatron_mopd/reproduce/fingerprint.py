@@ -23,6 +23,8 @@ EVALUATED = ("domains", "evaluation", "parallel", "rollout")
 FILES = ("jsonl", "held_out", "dataset", "perplexity", "file")
 FOLDERS = ("hf_config", "checkpoint", "base")
 """Keys whose value is a file, or a folder with a model. A folder that does not exist is a name on the Hub."""
+COMMAND = "command"
+"""Key whose value is a verifier's program and its arguments: a script of yours among them is part of the result."""
 SMALL = 1 << 16
 """Bytes up to which a file is read every time; the digest of a larger one is remembered with its size and time."""
 
@@ -97,9 +99,11 @@ class FileDigests:
 def ingredients(node: Node, hashes: Mapping[str, str], digests: FileDigests) -> Ingredients:
     """Of a node whose inputs have the given hashes (node name -> hash). ConfigError for a file that is missing."""
     config = _what_matters(node)
-    files = {}
+    files: dict[str, str] = {}
     for path, value in _leaves(config, ""):
         name = path.rsplit(".", 1)[-1]
+        if name == COMMAND and isinstance(value, list):
+            files |= {part: digests.digest(Path(part)) for part in value if Path(part).is_file()}
         if path in node.inputs or not isinstance(value, str) or name not in (*FILES, *FOLDERS):
             continue
         file = Path(value).expanduser()

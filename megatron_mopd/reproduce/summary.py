@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_mopd.evaluation.results import EvalResult
@@ -58,6 +59,22 @@ def read_figures(
             records = [stored[node].record()["compute"] for node in own]
             compute[seed, model] = {key: math.fsum(record[key] for record in records) for key in COMPUTE}
     return Figures(domains=domains, results=results, compute=compute)
+
+
+def lost_leads(figures: Figures) -> list[str]:
+    """Where a teacher is no better than the base in its domain: a normalised score there means nothing, or the
+    opposite of what it seems to say."""
+    found = []
+    for seed in sorted({seed for seed, _ in figures.results}):
+        for domain, teacher in figures.domains.items():
+            own = figures.accuracy(seed, f"{TEACHERS}.{teacher}", domain)
+            base = figures.accuracy(seed, BASE, domain)
+            if own <= base:
+                found.append(
+                    f"seed {seed}: teacher {teacher} has {own:.3f} in {domain}, the base {base:.3f}: no lead to keep, "
+                    "so the normalised scores of this domain and seed say nothing; train the teacher for longer"
+                )
+    return found
 
 
 def summarise(
@@ -114,6 +131,15 @@ def summarise(
         "methods": {name: method(name) for name in methods},
         "scaling": scaling(config, figures, seeds, methods),
     }
+
+
+def summary_path(run_dir: Path, seeds: int) -> Path:
+    """summary.json, unless the one that is there is of more seeds: hours of results, which a quick look with
+    `--seeds` must not replace."""
+    path = run_dir / "summary.json"
+    if len(read_json(path).get("seeds", [])) > seeds:
+        return run_dir / f"summary-{seeds}-seed{'s' * (seeds > 1)}.json"
+    return path
 
 
 def _taught(figures: Figures, teacher: str) -> str | list[str] | None:

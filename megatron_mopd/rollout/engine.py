@@ -9,6 +9,14 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_mopd.types import Prompt, Rollout
+from megatron_mopd.yaml_config import ConfigError
+
+
+class RolloutFailure(ConfigError):
+    """Nothing answers prompts any more, for a reason outside of this program: the run saves what it has and stops.
+
+    One line for the user. Raised on every rank.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig, Transformer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from megatron_mopd.config import ParallelSpec
+from megatron_mopd.config import ModelSpec, ParallelSpec
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.packed import PackedAttention, PackedRotaryEmbedding, RMSNorm, packed_sequences
@@ -30,10 +31,20 @@ def padded_vocab_size(arch: Architecture, tensor_parallel: int) -> int:
 
 
 def transformer_config(
-    arch: Architecture, parallel: ParallelSpec, dtype: torch.dtype, *, training: bool
+    arch: Architecture,
+    parallel: ParallelSpec,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    spec: ModelSpec | None = None,
+    gpu: bool | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of `arch`; the same numbers as transformers' Qwen3 and Qwen3-MoE."""
-    gpu = torch.cuda.is_available()
+    """Megatron's configuration of `arch`; the same numbers as transformers' Qwen3 and Qwen3-MoE.
+
+    `spec` is read for what only a GPU can do (`fp8`, `gradient_accumulation_fusion`). `gpu` is whether this is a
+    machine with CUDA, unless the configuration of the other kind of machine is wanted.
+    """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     moe = {}
     if arch.is_moe:
         moe = {
@@ -52,6 +63,12 @@ def transformer_config(
     recompute = {}
     if training and parallel.recompute:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    accelerated: dict[str, Any] = {}
+    if training and gpu and spec is not None:
+        # Teachers are scored in bf16 even then: their numbers are what is learnt.
+        accelerated["gradient_accumulation_fusion"] = spec.gradient_accumulation_fusion
+        if spec.fp8 is not None:
+            accelerated |= {"fp8": spec.fp8, "fp8_recipe": spec.fp8_recipe}
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -82,25 +99,31 @@ def transformer_config(
         calculate_per_token_loss=True,
         bias_activation_fusion=gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         apply_rope_fusion=gpu,
         persist_layer_norm=gpu,
         **moe,
         **recompute,
+        **accelerated,
     )
 
 
 def build_model(
-    arch: Architecture, parallel: ParallelSpec, world: World, dtype: torch.dtype, *, training: bool
+    arch: Architecture,
+    parallel: ParallelSpec,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    spec: ModelSpec | None = None,
 ) -> GPTModel:
     """This rank's part of the model, with weights not yet set. Teachers (`training=False`) carry no gradients."""
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # a GPTModel deprecation notice per model
-    config = transformer_config(arch, parallel, dtype, training=training)
+    config = transformer_config(arch, parallel, dtype, training=training, spec=spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = GPTModel(
             config,
-            _block_spec(arch, config),
+            block_spec(arch, config, gpu=torch.cuda.is_available()),
             vocab_size=padded_vocab_size(arch, parallel.tensor),
             max_sequence_length=arch.max_positions,
             pre_process=world.is_first_stage,
@@ -120,9 +143,10 @@ def build_model(
     return model
 
 
-def _block_spec(arch: Architecture, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def block_spec(arch: Architecture, config: TransformerConfig, *, gpu: bool) -> ModuleSpec | TransformerBlockSubmodules:
+    """The modules of a layer: Transformer Engine's for a GPU, else Megatron's own and those of `packed.py`."""
     experts = arch.num_experts or None
-    if torch.cuda.is_available():
+    if gpu:
         layer = get_gpt_layer_with_transformer_engine_submodules(
             num_experts=experts, moe_grouped_gemm=True, qk_layernorm=True
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from megatron_mopd.student.model import build_model
 from megatron_mopd.student.optimizer import learning_rate, wrap
 from megatron_mopd.student.random_init import init_random
 from megatron_mopd.student.step import LossStep
-from megatron_mopd.student.weight_stream import iter_hf
+from megatron_mopd.student.weight_stream import HFWeights
 from megatron_mopd.student.weights import load_hf
 from megatron_mopd.types import MicroBatch, TeacherScores, UpdateReport
 
@@ -35,7 +35,7 @@ class Student:
         self._config = config
         self._world = world
         dtype = getattr(torch, config.model.dtype)
-        self.model: GPTModel = build_model(arch, config.parallel, world, dtype, training=True)
+        self.model: GPTModel = build_model(arch, config.parallel, world, dtype, training=True, spec=config.model)
         if source is None:
             init_random(self.model, arch, world, seed=config.seed)
         else:
@@ -74,9 +74,9 @@ class Student:
         """The metrics of `update` without a gradient or an update."""
         return self._report(self._world.sum(self._loss.run(self.ddp, batches, scores, heads, backward=False)))
 
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, whole, on every rank. Collective."""
-        return iter_hf(self.model, self.arch, self._world)
+    def hf_weights(self) -> HFWeights:
+        """Every weight under its Hugging Face name, whole, on every rank. Each iteration over them is collective."""
+        return HFWeights(self.model, self.arch, self._world)
 
     def _stop_if_not_finite(self, sums: Tensor, step: int) -> None:
         bad_loss = ~sums[0].isfinite()

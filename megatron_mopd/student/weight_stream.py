@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +40,18 @@ _SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class HFWeights:
+    """The stream of `iter_hf`, as often as it is iterated; each time is a collective of its own."""
+
+    model: torch.nn.Module
+    arch: Architecture
+    world: World
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter_hf(self.model, self.arch, self.world)
 
 
 @torch.no_grad()

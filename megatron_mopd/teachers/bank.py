@@ -1,4 +1,4 @@
-"""N frozen teachers, one slot: the weights are swapped into a Megatron model from host memory, teacher by teacher.
+"""N frozen teachers, one slot: the weights are swapped into a Megatron model from host memory or a disk, one by one.
 
 Identical shards are stored once. Every rank visits the same teachers in the same order, also when none of its own
 rollouts goes to one of them (it then sends an empty micro-batch through): with expert or pipeline parallelism a
@@ -7,8 +7,9 @@ per-rank order would wait for ever.
 
 from __future__ import annotations
 
-import hashlib
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,11 @@ from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.model import build_model
 from megatron_mopd.student.step import score
 from megatron_mopd.student.weights import load_hf
+from megatron_mopd.teachers.copies import CopyReport, CopyThread
+from megatron_mopd.teachers.slot import Place, Slot
+from megatron_mopd.teachers.store import ShardStore, digest
 from megatron_mopd.types import MicroBatch, TeacherScores
+from megatron_mopd.yaml_config import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,17 @@ class _Teacher:
     arch: Architecture
     shards: Mapping[str, str]
     """Megatron parameter name -> digest of this rank's shard, the key into the store."""
+
+
+@dataclass(slots=True)
+class _Swaps:
+    """What was copied since it was last asked for, on this rank."""
+
+    count: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds of the above in which scoring stood still."""
 
 
 class TeacherBank:
@@ -48,15 +64,20 @@ class TeacherBank:
         self._config = config
         self._world = world
         self._dtype = getattr(torch, config.model.dtype)
-        self._slots: dict[Architecture, GPTModel] = {}
-        self._in_slot: dict[Architecture, str] = {}
-        self._store: dict[str, Tensor] = {}
+        self._slots: dict[Architecture, Slot] = {}
+        self._store = ShardStore(config.teacher_memory, world.rank, pin=world.device.type == "cuda")
+        self._copies = CopyThread(world.device)
+        self._pending: dict[tuple[Architecture, int], Future[CopyReport]] = {}
+        self._swaps = _Swaps()
         self._teachers: dict[str, _Teacher] = {}
         for name, (arch, folder) in sources.items():
             slot = self._slot(arch)
-            self._own_memory(slot)
-            load_hf(slot, arch, folder, world)
-            self._teachers[name] = _Teacher(arch, self._keep(slot))
+            slot.open()
+            load_hf(slot.model, arch, folder, world)
+            self._teachers[name] = _Teacher(arch, self._keep(name, slot))
+        for arch, slot in self._slots.items():
+            of_slot = [teacher for teacher in self._teachers.values() if teacher.arch == arch]
+            slot.release(set.intersection(*(set(self._in_place(teacher)) for teacher in of_slot)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,20 +86,33 @@ class TeacherBank:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the distinct shards that this rank stores."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._store.values())
+        """Bytes of the distinct shards that this rank stores in memory."""
+        return self._store.host_bytes
+
+    def take_metrics(self) -> dict[str, float]:
+        """Copies of this rank since the last call; {} where teachers are used where they lie (host memory, CPU)."""
+        swaps, self._swaps = self._swaps, _Swaps()
+        if not swaps.count:
+            return {}
+        return {
+            "teacher_swap/count": swaps.count,
+            "teacher_swap/bytes": swaps.num_bytes,
+            "teacher_swap/seconds": swaps.seconds,
+            "teacher_swap/waited_seconds": swaps.waited,
+        }
 
     def score(self, batches: Sequence[MicroBatch]) -> list[TeacherScores]:
         """One entry per micro-batch, in order. Collective; one swap per teacher that any rank has work for."""
         scores: list[TeacherScores] = [TeacherScores()] * len(batches)
-        for name, teacher in self._teachers.items():
+        routed = {batch.teacher for batch in batches}
+        visits = [name for name in self._teachers if name in routed]
+        for turn, name in enumerate(visits):
+            model = self.swap_in(name)
+            # After the last one comes the first one of the next step, while the student is updated.
+            self._copy_ahead(visits[(turn + 1) % len(visits)])
             own = [index for index, batch in enumerate(batches) if batch.teacher == name]
-            if not own:
-                continue
-            slot = self.swap_in(name)
-            results = score(
-                slot, [batches[i] for i in own], teacher.arch.vocab_size, self._world, self._config.objective
-            )
+            vocab_size = self._teachers[name].arch.vocab_size
+            results = score(model, [batches[i] for i in own], vocab_size, self._world, self._config.objective)
             for index, result in zip(own, results, strict=True):
                 scores[index] = result
         return scores
@@ -93,55 +127,87 @@ class TeacherBank:
         heads = {}
         for name, teacher in self._teachers.items():
             slot = self._slots[teacher.arch]
-            tied = slot.share_embeddings_and_output_weights and slot.pre_process
+            tied = slot.model.share_embeddings_and_output_weights and slot.model.pre_process
             key = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
-            heads[name] = self._store[teacher.shards[key]].to(self._world.device, non_blocking=True)
+            shard = self._store[teacher.shards[key]]
+            weight = shard.tensor.to(self._world.device, non_blocking=True, copy=shard.file is not None)
+            shard.forget(0, len(shard.tensor))
+            heads[name] = weight.view(slot.parameters[key].shape)
         return heads
 
     def equals(self, name: str, model: GPTModel) -> bool:
         """Whether the teacher's weights are those of `model`, bit for bit, on every rank. Collective."""
         shards = self._teachers[name].shards
         own = dict(model.named_parameters())
-        differ = own.keys() != shards.keys() or any(_digest(own[key]) != shards[key] for key in shards)
+        differ = own.keys() != shards.keys() or any(digest(own[key]) != shards[key] for key in shards)
         return not self._world.any(differ)
 
     def swap_in(self, name: str) -> GPTModel:
-        """The slot with this teacher's weights in it."""
+        """The slot's model with this teacher's weights in it. Waits for the copy, if one is needed."""
         teacher = self._teachers[name]
         slot = self._slots[teacher.arch]
-        if self._in_slot.get(teacher.arch) == name:
-            return slot
-        self._in_slot[teacher.arch] = name
-        for key, parameter in slot.named_parameters():
-            shard = self._store[teacher.shards[key]]
-            if parameter.is_cuda:
-                parameter.data.copy_(shard, non_blocking=True)
-            else:
-                parameter.data = shard  # host memory is the device's: nothing to copy
-        return slot
+        place = slot.buffers.place(name)
+        if place.fill:
+            self._start(name, slot, place)
+        self._finish(teacher.arch, place.buffer)
+        slot.buffers.active = place.buffer
+        slot.activate(place.buffer, self._in_place(teacher))
+        return slot.model
 
-    def _slot(self, arch: Architecture) -> GPTModel:
+    def _copy_ahead(self, name: str) -> None:
+        """Begin with the teacher whose turn is next, where there is a buffer for it that is not being read."""
+        slot = self._slots[self._teachers[name].arch]
+        place = slot.buffers.place_ahead(name)
+        if place is not None:
+            self._start(name, slot, place)
+
+    def _start(self, name: str, slot: Slot, place: Place) -> None:
+        teacher = self._teachers[name]
+        self._finish(teacher.arch, place.buffer)
+        slot.buffers.holds[place.buffer] = name
+        in_place = self._in_place(teacher)
+        copies = [
+            (self._store[key], slot.target(place.buffer, parameter))
+            for parameter, key in teacher.shards.items()
+            if parameter not in in_place
+        ]
+        if copies:
+            self._pending[teacher.arch, place.buffer] = self._copies.start(copies)
+
+    def _finish(self, arch: Architecture, buffer: int) -> None:
+        """Wait for the copy into a buffer, if one is under way; raises what went wrong in it."""
+        pending = self._pending.pop((arch, buffer), None)
+        if pending is None:
+            return
+        started = time.perf_counter()
+        report = pending.result()
+        self._swaps.waited += time.perf_counter() - started
+        self._swaps.count += 1
+        self._swaps.num_bytes += report.num_bytes
+        self._swaps.seconds += report.seconds
+
+    def _in_place(self, teacher: _Teacher) -> dict[str, Tensor]:
+        """The parameters that need no copy: on a CPU, host memory is the device's."""
+        if self._world.device.type != "cpu":
+            return {}
+        parameters = self._slots[teacher.arch].parameters
+        shards = {name: self._store[key] for name, key in teacher.shards.items()}
+        return {name: s.tensor.view(parameters[name].shape) for name, s in shards.items() if s.file is None}
+
+    def _slot(self, arch: Architecture) -> Slot:
         if arch not in self._slots:
-            self._slots[arch] = build_model(arch, self._config.parallel, self._world, self._dtype, training=False)
+            model = build_model(arch, self._config.parallel, self._world, self._dtype, training=False)
+            self._slots[arch] = Slot.of(model, self._config.teacher_memory.buffers)
         return self._slots[arch]
 
-    def _own_memory(self, slot: GPTModel) -> None:
-        """On a CPU the slot may point into the store; loading must not write through."""
-        for parameter in slot.parameters():
-            if not parameter.is_cuda:
-                parameter.data = torch.empty_like(parameter)
-
-    def _keep(self, slot: GPTModel) -> dict[str, str]:
-        shards = {}
-        for key, parameter in slot.named_parameters():
-            digest = _digest(parameter)
-            if digest not in self._store:
-                host = parameter.detach().to("cpu", copy=parameter.is_cuda)
-                self._store[digest] = host.pin_memory() if parameter.is_cuda else host
-            shards[key] = digest
+    def _keep(self, name: str, slot: Slot) -> dict[str, str]:
+        """Store the loaded weights. Collective: a rank without room is a ConfigError on all of them."""
+        shards, error = dict[str, str](), None
+        try:
+            shards = self._store.keep(name, slot.parameters)
+        except ConfigError as failure:
+            error = str(failure)
+        errors = [text for text in self._world.all_gather_objects(error) if text]
+        if errors:
+            raise ConfigError(errors[0])
         return shards
-
-
-def _digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype} ".encode() + data.tobytes()).hexdigest()

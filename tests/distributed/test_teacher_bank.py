@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mopd.config import ParallelSpec, RunConfig
+from megatron_mopd.config import ParallelSpec, RunConfig, TeacherMemorySpec
 from megatron_mopd.packing import pack, plan_microbatches
 from megatron_mopd.parallel import cpu
-from megatron_mopd.types import MicroBatch, Rollout
+from megatron_mopd.types import MicroBatch, Rollout, TeacherScores
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 
 cpu.install()
+
+from megatron_mopd.teachers.copies import STAGING_BYTES  # noqa: E402
 
 
 def pack_all(config: RunConfig, rollouts: Sequence[Rollout], order: Sequence[str], world) -> list[tuple]:  # type: ignore[no-untyped-def]
@@ -70,9 +74,18 @@ def scores_by_rollout(config: RunConfig, folder: Path, rollouts: Sequence[Rollou
         values = score.logprobs.split([int(rollouts[i].loss_mask.sum()) for i in members])
         result |= {rollouts[i].prompt.id: v.tolist() for i, v in zip(members, values, strict=True)}
     slots = list(bank._slots.values())
-    frozen = all(not p.requires_grad and p.grad is None for slot in slots for p in slot.parameters())
+    frozen = all(not p.requires_grad and p.grad is None for slot in slots for p in slot.model.parameters())
+    again = [bank.score([batch for _, batch in packed]) for _ in range(2)]
+    same = all(equal(one, other) for later in again for one, other in zip(scores, later, strict=True))
     stop_world()
-    return {"scores": result, "bytes": bank.host_bytes, "empty": empty, "frozen": frozen, "slots": len(slots)}
+    return {"scores": result, "bytes": bank.host_bytes, "empty": empty, "frozen": frozen, "slots": len(slots),
+            "same": same, "metrics": bank.take_metrics()}  # fmt: skip
+
+
+def equal(one: TeacherScores, other: TeacherScores) -> bool:
+    if one.logprobs is None or other.logprobs is None:
+        return one.logprobs is other.logprobs
+    return torch.equal(one.logprobs, other.logprobs)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +154,84 @@ def test_identical_shards_are_stored_once(models: Path) -> None:
     shared = tensors["a"]["model.embed_tokens.weight"].numel() * 4
     assert result["bytes"] == total - shared
     assert result["slots"] == 1
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "memory"),
+    [
+        (1, ParallelSpec(), {"host_gb": 0.0, "buffers": 1}),
+        (1, ParallelSpec(), {"host_gb": 0.0, "buffers": 2}),
+        (2, ParallelSpec(tensor=2, expert=2), {"host_gb": 100e-6, "buffers": 2}),
+    ],
+    ids=["disk", "disk-ahead", "212-both"],
+)
+def test_from_disk_the_scores_are_the_same_to_the_last_bit(
+    world: int, parallel: ParallelSpec, memory: dict, models: Path, shuffled: list[Rollout], tmp_path: Path
+) -> None:
+    in_memory = tiny.run_config(models, kind="sampled", parallel=parallel, max_tokens=64)
+    spec = TeacherMemorySpec(folder=str(tmp_path), **memory)
+    from_disk = dataclasses.replace(in_memory, teacher_memory=spec)
+    expected = run_ranks(scores_by_rollout, world, in_memory, models, shuffled, init=False)
+    found = run_ranks(scores_by_rollout, world, from_disk, models, shuffled, init=False)
+    total = sum(t.numel() * 4 for name in "abc" for t in load_file(models / name / "model.safetensors").values())
+    for one, other in zip(expected, found, strict=True):
+        assert one["scores"] == other["scores"]
+        assert one["same"] and other["same"]
+        assert one["metrics"] == {}
+        # Three turns of three teachers; with two buffers the first of a fourth turn is on its way, and not counted.
+        metrics = other["metrics"]
+        assert metrics["teacher_swap/count"] == 9
+        if world == 1:
+            assert (other["bytes"], metrics["teacher_swap/bytes"]) == (0, 3 * total)
+        else:
+            # All experts are cut in two, norms and the router not at all; some of the first teacher is in memory.
+            assert 0 < other["bytes"] <= 100_000
+            assert 0.5 * 3 * total - 3 * 100_000 < metrics["teacher_swap/bytes"] < 0.6 * 3 * total
+        assert metrics["teacher_swap/waited_seconds"] >= 0
+        assert metrics["teacher_swap/seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def resident_bytes(config: RunConfig, folder: Path, rollouts: Sequence[Rollout]) -> tuple[int, int]:
+    """Peak of resident memory since before the bank was made, and what it is in the end; mapped files count."""
+    from megatron_mopd.parallel.runtime import start_world, stop_world
+    from megatron_mopd.teachers.bank import TeacherBank
+
+    world = start_world(config.parallel, 0)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    bank = TeacherBank(config, sources_of(config, folder), world)
+    packed = pack_all(config, rollouts, bank.names, world)
+    for _ in range(2):
+        bank.score([batch for _, batch in packed])
+    stop_world()
+    return status("VmHWM") - before, status("VmRSS") - before
+
+
+def status(key: str) -> int:
+    """Bytes, from /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def test_from_disk_the_resident_memory_does_not_grow_with_the_teachers(tmp_path: Path) -> None:
+    names = ("a", "b", "c", "d", "e")
+    wide = {**tiny.MOE, "vocab_size": 20_011, "hidden_size": 256, "num_hidden_layers": 2}
+    for seed, name in enumerate(("student", *names)):
+        tiny.write_model(tmp_path / name, wide, seed=seed)
+    one = (tmp_path / "a" / "model.safetensors").stat().st_size
+    assert one > 40 << 20
+    in_memory = tiny.run_config(tmp_path, kind="sampled", teachers=names)
+    memory = TeacherMemorySpec(host_gb=0.0, folder=str(tmp_path))
+    rollouts = tiny.rollouts(names)
+    host, _ = run_ranks(resident_bytes, 1, in_memory, tmp_path, rollouts, init=False)[0]
+    from_disk = dataclasses.replace(in_memory, teacher_memory=memory)
+    peak, after = run_ranks(resident_bytes, 1, from_disk, tmp_path, rollouts, init=False)[0]
+    assert host > len(names) * one
+    # The model, the file that it is loaded from, two staging buffers, and what scoring takes.
+    assert peak < 2 * one + 2 * STAGING_BYTES + (64 << 20) < host
+    assert after < one + 2 * STAGING_BYTES + (64 << 20)
 
 
 def test_a_teacher_may_be_deeper_and_wider(models: Path, tmp_path: Path) -> None:

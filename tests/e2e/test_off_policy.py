@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from megatron_mopd.cli import main
 from megatron_mopd.compute import read_compute
 from megatron_mopd.config import load_config
-from megatron_mopd.domains.dataset import Dataset
+from megatron_mopd.domains.dataset import Dataset, read_cost
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.metrics import read_records
 from megatron_mopd.rollout.engine import Sampling
@@ -124,6 +126,33 @@ def test_fine_tuning_on_stored_answers(sampled: Path, models: Path, tmp_path: Pa
     assert {record["tokens/generated"] for record in records} == {record["tokens/teacher"] for record in records} == {0}
     assert records[-1]["loss"] < records[0]["loss"]
     assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl", "eval")] == [0, 2, 4]
+
+
+def test_a_killed_sample_goes_on_where_it_was(sampled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def command(out: Path) -> list[str]:
+        return ["sample", str(sampled / "sample.yaml"), "--out", str(out), f"steps={LONG}"]
+
+    smooth, rough = tmp_path / "smooth.jsonl", tmp_path / "rough.jsonl"
+    record = tmp_path / "rough.jsonl.progress.json"
+    assert main(command(smooth)) == 0
+    process = subprocess.Popen([sys.executable, "-m", "megatron_mopd", *command(rough)], stdout=subprocess.DEVNULL)
+    try:
+        while not record.exists() or json.loads(record.read_text())["so_far"]["steps"] < LONG + 2:  # second teacher
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.kill(rank_pids(process.pid)[0], signal.SIGKILL)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+        process.wait()
+    assert not rough.exists()
+    capfd.readouterr()
+    assert main(command(rough)) == 0
+    assert f" of {3 * LONG}" in capfd.readouterr().out.split("going on from step ")[1][:12]
+    assert Dataset.load(rough, 114).fingerprint == Dataset.load(smooth, 114).fingerprint
+    costs = [replace(read_cost(path), seconds=0.0) for path in (rough, smooth)]
+    assert costs[0] == costs[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rough.jsonl", "smooth.jsonl"]
 
 
 def test_killed_resumed_edited(sampled: Path, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

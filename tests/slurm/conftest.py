@@ -30,7 +30,6 @@ STUB = """\
 case "$*" in
     "-m megatron_mopd "*) exec bash "$STUB_RANK" "${@:3}" ;;
     *cluster.node_check*) [[ ${BAD_NODE:-} == "$SLURMD_NODENAME" ]] && exit 1 ;;
-    *cluster.describe*) [[ -n ${STUB_FACTS:-} ]] && printf '%s\\n' "$STUB_FACTS" && exit 0 ;;
 esac
 exec "$REAL_PYTHON" "$@"
 """

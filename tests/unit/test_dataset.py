@@ -12,7 +12,8 @@ import pytest
 
 from megatron_mopd.compute import Compute, read_compute
 from megatron_mopd.config import DomainSpec, ModelSpec, ObjectiveSpec, OptimSpec, RolloutSpec, RunConfig, SourceSpec
-from megatron_mopd.domains.dataset import Cost, Dataset, StoredAnswer, origin_of, writing
+from megatron_mopd.domains.dataset import Cost, Dataset, StoredAnswer, origin_of
+from megatron_mopd.domains.dataset_writer import DatasetWriter, SoFar
 from megatron_mopd.domains.mixer import DomainMixer, DomainState
 from megatron_mopd.domains.stored_feed import StoredFeed
 from megatron_mopd.rollout.engine import Sampling
@@ -47,7 +48,7 @@ def stored(domain: str, index: int) -> StoredAnswer:
 
 
 def write(path: Path, tokenizer: Tokenizer, sizes: dict[str, int]) -> Path:
-    with writing(path, origin_of(tokenizer, {"a": "1" * 64}, "all")) as writer:
+    with DatasetWriter(path, origin_of(tokenizer, {"a": "1" * 64}, "all"), {}) as writer:
         for domain, size in sizes.items():
             for index in range(size):
                 writer.write(stored(domain, index))
@@ -93,7 +94,7 @@ def test_only_correct_answers_are_kept_and_all_are_paid_for(tmp_path: Path, toke
     ]
     for keep, ids in (("correct", ["a/0", "b/0"]), ("all", ["a/0", "a/1", "b/0"])):
         path = tmp_path / f"{keep}.jsonl"
-        with writing(path, origin_of(tokenizer, {}, keep)) as writer:
+        with DatasetWriter(path, origin_of(tokenizer, {}, keep), {}) as writer:
             cost = write_answers([rollouts[:2], [], rollouts[2:]], writer, keep)  # type: ignore[arg-type]
             writer.finish(cost)
         dataset = Dataset.load(path, VOCABULARY)
@@ -122,17 +123,33 @@ def test_the_fingerprint_is_of_the_answers_and_not_of_the_time_it_took(tmp_path:
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_an_unfinished_dataset_is_not_there(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(RuntimeError), writing(tmp_path / "x.jsonl", origin_of(tokenizer, {}, "all")) as writer:
+def test_an_interrupted_dataset_goes_on_after_its_last_whole_step(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, origin = tmp_path / "x.jsonl", origin_of(tokenizer, {}, "all")
+    with pytest.raises(RuntimeError), DatasetWriter(path, origin, {"seed": 1}) as writer:
         writer.write(stored("a", 0))
+        writer.end_step(sampled={"a": 1}, left_out={}, tokens=2, seconds=3.0)
+        writer.write(stored("a", 1))  # of a step that was not finished
         raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    nowhere = Path("/proc/x/a.jsonl")
-    with (
-        pytest.raises(ConfigError, match=f"{nowhere}: cannot be written"),
-        writing(nowhere, origin_of(tokenizer, {}, "")),
-    ):
-        pass
+    assert not path.exists()
+    with DatasetWriter(path, origin, {"seed": 2}) as other:  # of another run: nothing of it is taken
+        assert other.so_far == SoFar()
+    with DatasetWriter(path, origin, {"seed": 1}) as writer:
+        assert writer.so_far.steps == 0  # the other one has begun anew
+        writer.write(stored("a", 0))
+        writer.end_step(sampled={"a": 1}, left_out={}, tokens=2, seconds=3.0)
+        writer.write(stored("a", 1))
+    with DatasetWriter(path, origin, {"seed": 1}) as writer:
+        assert (writer.so_far.steps, writer.so_far.sampled, writer.so_far.seconds) == (1, {"a": 1}, 3.0)
+        writer.write(stored("a", 2))
+        writer.finish(Cost(answers=2, sampled={"a": 2}, left_out={"a": 0}, generated_tokens=4, seconds=5.0))
+    dataset = Dataset.load(path, VOCABULARY)
+    assert [dataset.answer("a", index) for index in range(dataset.size("a"))] == [stored("a", 0), stored("a", 2)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dataset_that_cannot_be_written(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"/proc/x/a\.jsonl: cannot be written"):
+        DatasetWriter(Path("/proc/x/a.jsonl"), origin_of(tokenizer, {}, ""), {})
 
 
 def edit(number: int, **keys: object) -> Callable[[list[str]], list[str]]:

@@ -252,8 +252,8 @@ def test_dry_run_prints_the_graph(project: Path, capsys: pytest.CaptureFixture[s
     assert main(["reproduce", str(FOLDER / "reproduce.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "otherwise: mix_rl 499,712, cascade_rl 499,968, mopd_rounds 555,008;" in out
-    assert re.search(r"seed0/teachers\.swe +run +base +234 +149,760 +9,814,671,360 ", out)
-    assert "40 of 40 nodes to make" in out
+    assert re.search(r"teachers\.swe +run +base +234 +149,760 +9,814,671,360 +\? +0 of 1", out)
+    assert "40 of 40 nodes to make: " in out
     assert not list(project.glob("runs/**/node.yaml"))
 
 

@@ -14,7 +14,7 @@ from megatron_mopd.reproduce.cost import Cost, budget_line, check_budget, drawin
 from megatron_mopd.reproduce.graph import Node, in_order, with_inputs
 from megatron_mopd.reproduce.statistics import Estimate
 from megatron_mopd.reproduce.store import write_json
-from megatron_mopd.reproduce.summary import Figures
+from megatron_mopd.reproduce.summary import Figures, lost_leads, summary_path
 from megatron_mopd.reproduce.table import shown
 from megatron_mopd.reproduce.tune import trial_scores, tuning_table
 from megatron_mopd.yaml_config import ConfigError
@@ -139,6 +139,17 @@ def test_scores_are_normalised_by_the_teacher_of_each_domain_and_seed() -> None:
     assert math.isnan(figures.score(1, "mopd", "x"))
     assert figures.mean_score(1, "mopd", ["x", "y"]) == pytest.approx(0.5)
     assert math.isnan(figures.mean_score(1, "mopd", ["x"]))
+    (line,) = lost_leads(figures)
+    assert line.startswith("seed 1: teacher one has 0.500 in x, the base 0.500: no lead to keep")
+
+
+def test_a_summary_of_fewer_seeds_never_replaces_one_of_more(tmp_path: Path) -> None:
+    full = tmp_path / "summary.json"
+    assert summary_path(tmp_path, 1) == full
+    write_json(full, {"seeds": [0, 1, 2]})
+    assert summary_path(tmp_path, 3) == summary_path(tmp_path, 5) == full
+    assert summary_path(tmp_path, 1) == tmp_path / "summary-1-seed.json"
+    assert summary_path(tmp_path, 2) == tmp_path / "summary-2-seeds.json"
 
 
 def test_a_trial_without_a_score_is_null_and_never_the_best(tmp_path: Path) -> None:

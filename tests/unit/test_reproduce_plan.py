@@ -327,3 +327,18 @@ def test_a_teacher_without_a_node_is_named_with_the_remedy(config: Path) -> None
     write(config.parent / "other.yaml", tree)
     with pytest.raises(ConfigError, match=r"has a teacher 'c', and there is no node 'teachers.c'; add it to teachers"):
         plan_of(config, f"methods.mopd.run={config.parent / 'other.yaml'}")
+
+
+def test_an_edited_verifier_script_is_found(config: Path) -> None:
+    script = config.parent / "score.py"
+    script.write_text("first")
+    file = config.parent / "teacher.yaml"
+    tree = read(file)
+    for domain in tree["domains"].values():
+        domain |= {"verifier": "command", "command": ["python3", str(script), "--strict"]}
+    write(file, tree)
+    before = placed(config)["seed0/teachers.a"]
+    assert str(script) in before.made_of.files
+    finish(before)
+    script.write_text("second")
+    assert placed(config)["seed0/teachers.a"].why() == f"the content of {script} has changed"

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_mopd.student.architecture import Architecture
+from megatron_mopd.student.architecture import Architecture, parse_architecture
 from megatron_mopd.student.weight_table import Layout, Row, Shard, join, model_tensors, split, table_of
+from tests import qwen3_30b_a3b
 
 ARCH = Architecture(
     family="qwen3",
@@ -28,6 +29,15 @@ ARCH = Architecture(
     max_positions=64,
     tie_embeddings=False,
 )
+
+
+def test_the_table_of_qwen3_30b_a3b_is_the_published_index() -> None:
+    arch = parse_architecture(qwen3_30b_a3b.CONFIG, "test")
+    shapes = {tensor.name: tensor.shape for tensor in model_tensors(arch)}
+    assert shapes == qwen3_30b_a3b.index()
+    assert len(shapes) == 18_867
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == qwen3_30b_a3b.PARAMETERS
+    assert qwen3_30b_a3b.BYTES == 61_064_245_248
 
 
 def _column(*rows: int) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Several turns with a tool or an agent environment in between, over any rollout engine."""
