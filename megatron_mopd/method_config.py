@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
@@ -20,6 +21,40 @@ KINDS: Mapping[Stage, tuple[Kind, ...]] = {
     "mopd": ("sampled", "teacher_topk", "full_vocab"),
 }
 """stage -> the objectives it can minimise."""
+
+
+IMPORTANCE_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "none": (0.0, math.inf),
+    "icepop": (0.5, 2.0),
+    "tis": (0.0, 2.0),
+    "sequence_tis": (0.0, 2.0),
+    "sequence_mis": (0.0, 2.0),
+    "geometric": (0.999, 1.001),
+}
+"""kind -> its usual bounds: icepop those of GLM-5 (arXiv 2602.15763) and Nemotron-Cascade 2, the others those of
+verl's rollout correction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceSpec:
+    """Weights p_train / mu for rollouts whose engine is not quite the trainer's model; see importance.py."""
+
+    kind: Literal["none", "icepop", "tis", "sequence_tis", "sequence_mis", "geometric"] = "none"
+    low: float | None = None
+    """Default: the kind's usual one."""
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.bounds
+        if self.kind == "none":
+            require(self.low is None and self.high is None, "low and high: kind 'none' has no bounds; remove them")
+        require(0 <= low <= high, f"low and high: must be 0 <= low <= high, got {low} and {high}")
+        require(high > 0, "high: must be > 0, or nothing is left to learn from")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        low, high = IMPORTANCE_BOUNDS[self.kind]
+        return low if self.low is None else self.low, high if self.high is None else self.high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +78,9 @@ class ObjectiveSpec:
     """`divergence: mixed`: share of the forward KL."""
     beta: float = 0.5
     """`divergence: jsd`: share of the teacher in the mixture."""
+    importance: ImportanceSpec = field(default_factory=ImportanceSpec)
+    """Stage mopd: weights for what the rollout engine sampled otherwise than the trainer would have. They decide what
+    `sampled` estimates; the other two kinds need no sample of the token, there they re-weight the states."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     """`grpo`: the ratio is clipped to [1 - clip_low, 1 + clip_high] (DAPO's clip-higher)."""
@@ -107,8 +145,22 @@ def _check_unused(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) 
         raise ConfigError(f"objective.alpha: only for divergence 'mixed', not '{objective.divergence}'")
     if objective.beta != unset.beta and objective.divergence != "jsd":
         raise ConfigError(f"objective.beta: only for divergence 'jsd', not '{objective.divergence}'")
+    if objective.importance.kind != "none":
+        _check_importance(kind, rollout)
     if stage == "sft" and rollout.samples_per_prompt != 1:
         raise ConfigError("rollout.samples_per_prompt: stage 'sft' has one reference answer a prompt; set it to 1")
+
+
+def _check_importance(kind: Kind, rollout: RolloutSpec) -> None:
+    if kind == "grpo":
+        raise ConfigError(
+            "objective.importance: grpo's ratio is to the rollout policy already, a weight would count it twice; "
+            "remove it"
+        )
+    if kind == "cross_entropy" or rollout.engine == "dataset":
+        raise ConfigError("objective.importance: only for rollouts that the student samples; remove it")
+    if rollout.temperature == 0:
+        raise ConfigError("rollout.temperature: 0 has no sampling distribution to weigh against; set it > 0")
 
 
 def sequential_steps(weights: Mapping[str, float], steps: int) -> dict[str, range]:

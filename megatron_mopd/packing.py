@@ -109,6 +109,7 @@ def pack(
         rollout_logprobs=joined([r.rollout_logprobs[r.loss_mask] for r in rollouts], torch.float32),
         outcome_advantages=of_rows([r.outcome_advantage for r in rollouts], torch.float32),
         domain_index=of_rows([domain_names.index(r.domain) for r in rollouts], torch.int64),
+        sequence_index=of_rows(range(len(rollouts)), torch.int64),
     )
 
 

@@ -159,6 +159,8 @@ class MicroBatch:
     """[R] fp32"""
     domain_index: Tensor
     """[R] int64, index into `RunConfig.domain_names`."""
+    sequence_index: Tensor
+    """[R] int64, which of the N sequences the row is of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from megatron_mopd.config import (
     SourceSpec,
     TeacherSpec,
 )
+from megatron_mopd.method_config import ImportanceSpec
 from megatron_mopd.student.architecture import Architecture, read_architecture
 from megatron_mopd.student.weight_table import model_tensors
 from megatron_mopd.types import Prompt, Rollout
@@ -73,6 +74,11 @@ OBJECTIVES = {
     "forward_kl": ObjectiveSpec(kind="full_vocab", divergence="forward_kl"),
     "mixed": ObjectiveSpec(kind="full_vocab", divergence="mixed", alpha=0.3),
     "jsd": ObjectiveSpec(kind="full_vocab", divergence="jsd", beta=0.3),
+    "icepop": ObjectiveSpec(kind="sampled", importance=ImportanceSpec(kind="icepop", low=0.1, high=0.5)),
+    "tis": ObjectiveSpec(kind="teacher_topk", top_k=5, importance=ImportanceSpec(kind="tis", low=0.1, high=0.5)),
+    "sequence_tis": ObjectiveSpec(importance=ImportanceSpec(kind="sequence_tis", high=0.2), kind="full_vocab"),
+    "sequence_mis": ObjectiveSpec(importance=ImportanceSpec(kind="sequence_mis", high=0.1), kind="full_vocab"),
+    "geometric": ObjectiveSpec(importance=ImportanceSpec(kind="geometric", low=0.1, high=0.2), kind="full_vocab"),
 }
 """What `kind` means below, where it is more than `objective.kind`."""
 

@@ -94,6 +94,11 @@ class World:
         dist.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor: Tensor) -> Tensor:
+        """In-place maximum over all ranks."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def barrier(self) -> None:
         dist.barrier()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from kernels import VocabShard, linear_divergence, linear_support, token_logprob, topk_divergence
 from megatron_mopd import losses
 from megatron_mopd.config import ObjectiveSpec, RunConfig
+from megatron_mopd.importance import Importance, importance_weights
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.model import forward_hidden, output_weight
 from megatron_mopd.types import NO_SCORES, MicroBatch, TeacherScores
@@ -27,6 +30,22 @@ METRICS = {
     "full_vocab": ("token_loss", "entropy", "reverse_kl"),
 }
 """objective kind -> the per-token quantities that are reported, averaged per domain; the loss comes first."""
+IMPORTANCE_METRICS = ("importance_kept", "importance_weight", "rollout_kl", "rollout_kl_k3")
+"""Reported besides, where `objective.importance` weighs."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable:
+    """What one step reports. Zero on ranks other than the first tensor rank of the last stage: summed, or the largest
+    taken, over the world it is that of all ranks."""
+
+    sums: Tensor
+    """[len(metrics) + 3, domains] fp64 over this rank's rows: metrics, tokens, weight * loss, weights (= units)."""
+    largest_weight: Tensor
+    """[domains] fp64, the largest importance weight."""
+
+    def joined(self, other: StepTable) -> StepTable:
+        return StepTable(self.sums + other.sums, torch.maximum(self.largest_weight, other.largest_weight))
 
 
 def vocab_shard(model: GPTModel, vocab_size: int, world: World) -> VocabShard:
@@ -113,8 +132,10 @@ class LossStep:
         self._num_domains = len(config.domains)
         # GRPO's ratio is to the distribution that was sampled from; the other objectives are about p itself.
         self._temperature = config.rollout.temperature if objective.kind == "grpo" else 1.0
+        self._rollout_temperature = config.rollout.temperature
         self._world = world
-        self.metrics = METRICS[objective.kind]
+        self.weighs = objective.importance.kind != "none"
+        self.metrics = METRICS[objective.kind] + (IMPORTANCE_METRICS if self.weighs else ())
 
     def run(
         self,
@@ -124,35 +145,49 @@ class LossStep:
         heads: Mapping[str, Tensor],
         *,
         backward: bool,
-    ) -> Tensor:
-        """[len(metrics) + 3, domains] sums over this rank's rows: metrics, tokens, weight * loss, weights (= units).
-
-        Zero on ranks other than the first tensor rank of the last stage: a sum over the world is the global sum.
-        """
+    ) -> StepTable:
         teacher_of = {id(batch): teacher for batch, teacher in zip(batches, scores, strict=True)}
 
         def at_the_end(batch: MicroBatch, hidden: Tensor) -> Any:
-            loss, entropy = self._loss(unwrap_model(model), batch, teacher_of[id(batch)], heads, hidden)
-            report = self._per_domain(batch, {**loss.rows, "entropy": entropy})
-            units = torch.tensor(batch.num_units, dtype=torch.int, device=hidden.device)
-            return (loss.total, units, report) if backward else report
+            teacher, units = teacher_of[id(batch)], batch.weights
+            rows, weight = hidden_rows(hidden, batch, self._world), output_weight(unwrap_model(model))
+            shard = vocab_shard(unwrap_model(model), self._vocab_size, self._world)
+            extra: dict[str, Tensor] = {}
+            if self.weighs:
+                importance = self._importance(batch, rows, weight, shard)
+                batch = replace(batch, weights=batch.weights * importance.weights)
+                extra = importance.rows()
+            loss, entropy = self._loss(batch, teacher, heads, rows, weight, shard)
+            report = self._per_domain(batch, units, {**loss.rows, **extra, "entropy": entropy})
+            count = torch.tensor(batch.num_units, dtype=torch.int, device=hidden.device)
+            return (loss.total, count, report) if backward else report
 
-        sums = torch.zeros(len(self.metrics) + 3, self._num_domains, dtype=torch.float64, device=self._world.device)
+        table = self._empty()
         for report in run_schedule(model, batches, at_the_end, backward=backward):
             if self._world.tensor.rank == 0:
-                sums += report
-        return sums
+                table = table.joined(report)
+        return table
+
+    @torch.no_grad()
+    def _importance(self, batch: MicroBatch, rows: Tensor, weight: Tensor, shard: VocabShard) -> Importance:
+        """A pass of its own over the output layer: the ratio is at the temperature that was sampled at."""
+        tokens = token_logprob(
+            rows.detach(), weight.detach(), batch.targets, shard=shard, temperature=self._rollout_temperature
+        )
+        return importance_weights(
+            self._objective.importance, tokens.logprob, batch.rollout_logprobs, batch.sequence_index
+        )
 
     def _loss(
         self,
-        model: GPTModel,
         batch: MicroBatch,
         teacher: TeacherScores,
         heads: Mapping[str, Tensor],
-        hidden: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        shard: VocabShard,
     ) -> tuple[losses.Loss, Tensor]:
-        spec, rows, weight = self._objective, hidden_rows(hidden, batch, self._world), output_weight(model)
-        shard = vocab_shard(model, self._vocab_size, self._world)
+        spec = self._objective
         if spec.kind == "full_vocab":
             assert teacher.hidden is not None and batch.teacher is not None
             stats = linear_divergence(
@@ -217,10 +252,16 @@ class LossStep:
         )
         return loss, stats.student_entropy
 
-    def _per_domain(self, batch: MicroBatch, rows: Mapping[str, Tensor]) -> Tensor:
-        """[len(metrics) + 3, domains] sums over the rows of one micro-batch."""
+    def _empty(self) -> StepTable:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self._world.device)
+        return StepTable(zeros(len(self.metrics) + 3, self._num_domains), zeros(self._num_domains))
+
+    def _per_domain(self, batch: MicroBatch, units: Tensor, rows: Mapping[str, Tensor]) -> StepTable:
+        """Of the rows of one micro-batch. units: [R] the rows' weights before importance weights."""
         per_token = [rows[name] for name in self.metrics]
-        ones = torch.ones_like(batch.weights)
-        values = torch.stack([*per_token, ones, batch.weights * rows["token_loss"], batch.weights])
-        sums = torch.zeros(len(self.metrics) + 3, self._num_domains, dtype=torch.float64, device=values.device)
-        return sums.index_add_(1, batch.domain_index, values.double())
+        values = torch.stack([*per_token, torch.ones_like(units), batch.weights * rows["token_loss"], units])
+        table = self._empty()
+        table.sums.index_add_(1, batch.domain_index, values.double())
+        if self.weighs:
+            table.largest_weight.index_reduce_(0, batch.domain_index, rows["importance_weight"].double(), "amax")
+        return table

@@ -16,7 +16,7 @@ from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.model import build_model
 from megatron_mopd.student.optimizer import learning_rate, wrap
 from megatron_mopd.student.random_init import init_random
-from megatron_mopd.student.step import LossStep
+from megatron_mopd.student.step import LossStep, StepTable
 from megatron_mopd.student.weight_stream import HFWeights
 from megatron_mopd.student.weights import load_hf
 from megatron_mopd.types import MicroBatch, TeacherScores, UpdateReport
@@ -57,14 +57,14 @@ class Student:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._loss.run(self.ddp, batches, scores, heads, backward=True)
-        self._stop_if_not_finite(sums, step)
+        table = self._loss.run(self.ddp, batches, scores, heads, backward=True)
+        self._stop_if_not_finite(table.sums, step)
         lr = learning_rate(self._config.optim, step, self._config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         _, grad_norm, _ = self.optimizer.step()
         self.num_updates += 1
-        metrics = self._report(self._world.sum(sums))
+        metrics = self._report(table)
         return UpdateReport(loss=metrics["loss"], grad_norm=float(grad_norm or 0.0), lr=lr, metrics=metrics)
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class Student:
         self, batches: Sequence[MicroBatch], scores: Sequence[TeacherScores], heads: Mapping[str, Tensor]
     ) -> Mapping[str, float]:
         """The metrics of `update` without a gradient or an update."""
-        return self._report(self._world.sum(self._loss.run(self.ddp, batches, scores, heads, backward=False)))
+        return self._report(self._loss.run(self.ddp, batches, scores, heads, backward=False))
 
     def hf_weights(self) -> HFWeights:
         """Every weight under its Hugging Face name, whole, on every rank. Each iteration over them is collective."""
@@ -99,9 +99,10 @@ class Student:
             f"step; weights are those of step {step}. Lower optim.lr or check the teacher's weights"
         )
 
-    def _report(self, sums: Tensor) -> dict[str, float]:
-        """The table of `LossStep.run` -> {'<metric>[/<domain>]': mean over tokens}, and 'loss', what was minimised."""
-        names = self._loss.metrics
+    def _report(self, own: StepTable) -> dict[str, float]:
+        """Every rank's table -> {'<metric>[/<domain>]': mean over tokens}, and 'loss', what was minimised.
+        Collective."""
+        names, sums = self._loss.metrics, self._world.sum(own.sums)
         table = torch.cat([sums, sums.sum(1, keepdim=True)], dim=1)
         per_token, (tokens, weighted_loss, units) = table[: len(names)], table[len(names) :].tolist()
         means = (per_token / table[len(names)].clamp(min=1)).tolist()
@@ -113,4 +114,12 @@ class Student:
             report[metric] = values[-1]
         for name, count in zip(self._config.domain_names, tokens, strict=False):
             report[f"token_share/{name}"] = count / max(1.0, tokens[-1])
+        if self._loss.weighs:
+            largest = self._world.max(own.largest_weight).tolist()
+            report |= {
+                f"importance_max/{name}": value
+                for name, value, count in zip(self._config.domain_names, largest, tokens, strict=False)
+                if count
+            }
+            report["importance_max"] = max(largest)
         return report

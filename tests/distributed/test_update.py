@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,13 +28,16 @@ LAYOUTS = [  # world, TP, PP, EP
     (4, 2, 2, 1),
     (8, 2, 2, 2),
 ]
-KINDS = ("full_vocab", "sampled", "teacher_topk", "forward_kl", "mixed", "jsd", "grpo", "cross_entropy")
+WEIGHTED = ("icepop", "tis", "sequence_tis", "sequence_mis", "geometric")
+KINDS = ("full_vocab", "sampled", "teacher_topk", "forward_kl", "mixed", "jsd", "grpo", "cross_entropy", *WEIGHTED)
 CASES = [(kind, layout) for kind in ("full_vocab", "sampled") for layout in LAYOUTS[1:]] + [
     # What differs from these is in the loss only: data, tensor, pipeline and expert ranks once each, and all of them.
     *(("teacher_topk", layout) for layout in (*LAYOUTS[1:5], LAYOUTS[-1])),
     *(("forward_kl", layout) for layout in LAYOUTS[1:5]),
     ("mixed", (4, 2, 1, 2)),
     ("jsd", (4, 2, 2, 1)),
+    *(("icepop", layout) for layout in LAYOUTS[1:5]),
+    *((kind, (4, 2, 2, 1)) for kind in WEIGHTED[1:]),
 ]
 
 
@@ -112,3 +116,49 @@ def test_micro_batch_size_does_not_change_an_update(kind: str, models: Path, ref
     result = run_ranks(one_update, 1, config, models, init=False)[0]
     assert result["micro_batches"] >= 2 * reference[kind]["micro_batches"]
     assert_same(result, reference[kind])
+
+
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_importance_weights_are_those_of_the_definition(kind: str, models: Path, reference: dict[str, dict]) -> None:
+    """Loss and metrics of a whole update against the definition, from the log-probs of a plain measurement."""
+    config = tiny.run_config(models, kind=kind)
+    (measured,) = run_ranks(row_logprobs, 1, config, models, init=False)
+    metrics = reference[kind]["metrics"]
+    spec = config.objective.importance
+    low, high = spec.bounds
+    ratio = np.exp(measured["student"] - measured["rollout"])
+    sequence = measured["sequence"]
+    total = np.bincount(sequence, np.log(ratio))
+    product, mean = np.exp(total)[sequence], np.exp(total / np.bincount(sequence))[sequence]
+    inside = {"icepop": ratio, "sequence_mis": product, "geometric": mean}.get(kind)
+    value = {"icepop": ratio, "tis": ratio, "geometric": np.ones_like(ratio)}.get(kind, product)
+    weights = np.clip(value, low, high) if inside is None else value * ((inside >= low) & (inside <= high))
+    assert 0 < np.mean(weights != value) < 1  # the bounds cut some and not all
+    assert metrics["importance_weight"] == pytest.approx(weights.mean(), rel=1e-5)
+    assert metrics["importance_max"] == pytest.approx(weights.max(), rel=1e-5)
+    assert metrics["importance_kept"] == pytest.approx((weights > 0).mean(), rel=1e-6)
+    assert metrics["rollout_kl"] == pytest.approx(-np.log(ratio).mean(), rel=1e-5)
+    assert metrics["rollout_kl_k3"] == pytest.approx((ratio - 1 - np.log(ratio)).mean(), rel=1e-5)
+
+
+def row_logprobs(config: RunConfig, folder: Path) -> dict:
+    """Of every trained token of the step, by the student: log-prob at temperature 1, and what the rollout says."""
+    from megatron_mopd.config import ObjectiveSpec
+    from megatron_mopd.parallel.runtime import start_world, stop_world
+    from megatron_mopd.student.architecture import read_architecture
+    from megatron_mopd.student.step import score
+    from megatron_mopd.student.student import Student
+
+    world = start_world(config.parallel, config.seed)
+    student = Student(config, read_architecture(folder / "student"), world, folder / "student")
+    batches = pack_step(tiny.rollouts(DOMAINS), config, data_rank=0, data_ranks=1, multiple_of=1, device=world.device)
+    scores = score(student.model, batches, student.arch.vocab_size, world, ObjectiveSpec(kind="sampled"))
+    first = np.cumsum([0, *(int(batch.sequence_index.max()) + 1 for batch in batches)])
+    stop_world()
+    return {
+        "student": np.concatenate([item.logprobs.numpy() for item in scores if item.logprobs is not None]),
+        "rollout": np.concatenate([batch.rollout_logprobs.numpy() for batch in batches]),
+        "sequence": np.concatenate(
+            [batch.sequence_index.numpy() + start for batch, start in zip(batches, first, strict=False)]
+        ),
+    }

@@ -101,4 +101,5 @@ def random_batch(seed: int) -> MicroBatch:
         rollout_logprobs=torch.zeros(16),
         outcome_advantages=torch.zeros(16),
         domain_index=torch.zeros(16, dtype=torch.long),
+        sequence_index=torch.zeros(16, dtype=torch.long),
     )

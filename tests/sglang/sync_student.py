@@ -140,4 +140,5 @@ def _batch(sequences: Sequence[Sequence[int]]) -> MicroBatch:
         rollout_logprobs=ones,
         outcome_advantages=ones,
         domain_index=torch.zeros(len(rows), dtype=torch.long),
+        sequence_index=torch.zeros(len(rows), dtype=torch.long),
     )
