@@ -94,7 +94,7 @@ def check_environment(python: str) -> None:
         raise ConfigError(f"{key}: {python} is not there or cannot be run; {remedy}")
     code = "import importlib.metadata as m; print(m.version('sglang'))"
     found = subprocess.run(
-        [os.path.abspath(python), "-P", "-c", code], capture_output=True, text=True, cwd="/", env=_quiet()
+        [os.path.abspath(python), "-P", "-c", code], capture_output=True, text=True, cwd="/", env=_inherited(os.environ)
     )
     version = found.stdout.strip()
     if found.returncode:
