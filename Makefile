@@ -10,10 +10,10 @@ SGLANG_STAMP := $(SGLANG)/.setup-done
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup sglang demo demo-sglang test test-sglang lint clean
+.PHONY: help setup sglang demo demo-sglang test test-sglang test-slurm lint clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(STAMP)  ## Make .venv with every dependency (minutes the first time, nothing after that)
 
@@ -31,7 +31,11 @@ demo: $(STAMP)  ## SFT base -> three RL teachers -> one MOPD student -> table an
 	@$(BIN)/mopd demo
 
 test: $(STAMP)  ## Run all tests
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q --ignore tests/slurm
+
+test-slurm: $(STAMP)  ## Test launch/ on a real Slurm, which is installed (root, apt) and started for it
+	@bash tests/slurm/install.sh || echo "Slurm could not be installed: its tests are skipped"
+	@$(BIN)/python -m pytest -q -rs tests/slurm
 
 demo-sglang: $(STAMP) $(SGLANG_STAMP)  ## The demo, its student sampled by two SGLang servers (starts and stops them)
 	@$(BIN)/mopd demo --config-dir configs/tiny --student mopd_sglang

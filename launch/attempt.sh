@@ -10,7 +10,7 @@ job_nodes() { # HOSTS, HET_HOSTS, ALL_HOSTS, NODES, GPUs, and the address of the
     mapfile -t HOSTS < <(scontrol show hostnames "$list")
     if [[ -n ${SLURM_JOB_NODELIST_HET_GROUP_1:-} ]]; then
         mapfile -t HET_HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")
-        HET_FIRST=(--het-group=0) HET_ALL=(--het-group=0,1)
+        HET_FIRST=(--het-group=0)
     fi
     ALL_HOSTS=("${HOSTS[@]}" "${HET_HOSTS[@]}")
     NODES=${#HOSTS[@]}
@@ -85,10 +85,11 @@ stalled_attempts() { # of this job, how many of the last ended by themselves wit
 }
 
 leave() { # EXIT CODE: back into the queue, unless it was cancelled or makes no progress
-    local code=$(($1 ? $1 : 1)) state stalled
-    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n1)
-    if [[ $state == CANCELLED ]]; then
-        log "cancelled; not started again"
+    local code=$(($1 ? $1 : 1)) job stalled
+    job=$(scontrol show job "$SLURM_JOB_ID")
+    # Cancelled or being requeued by Slurm, it is no longer RUNNING but COMPLETING, as after its time limit.
+    if [[ $job != *JobState=RUNNING* && $job != *Reason=TimeLimit* ]]; then
+        log "Slurm ends the job; nothing to do"
         exit "$code"
     fi
     stalled=$(stalled_attempts)
@@ -97,13 +98,12 @@ leave() { # EXIT CODE: back into the queue, unless it was cancelled or makes no 
         exit 93
     fi
     log "back into the queue${EXCLUDED:+, without $EXCLUDED}"
-    trap '' TERM # Slurm ends this script once the job is requeued; what follows must still happen
+    trap '' TERM # Slurm ends all processes of the job once it is requeued; what follows must still happen
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         log "the job cannot be requeued; submit it again to go on from step $(latest_step)"
         exit "$code"
     fi
     [[ -n ${EXCLUDED:-} ]] && exclude_nodes
-    sleep 60
     exit "$code"
 }
 

@@ -23,7 +23,7 @@
 #
 # Settings (launch/site.env or the environment): MAX_STALLED=3 attempts in a row without a new checkpoint end the job ·
 # PREFLIGHT=full|fast|off · MOPD_SHARED_STORAGE=yes: the run folder is shared although it does not look so ·
-# PYTHON, CONTAINER_IMAGE, SERVER_PYTHON, ...: launch/site.env.example. docs/cluster.md has the rest.
+# PYTHON, CONTAINER_IMAGE, ...: launch/site.env.example. docs/cluster.md has the rest.
 set -uo pipefail # not -e: how a step ended is decided upon
 
 find_root() { # the repository: sbatch runs a copy of this file, so that its own place says nothing inside a job
@@ -58,6 +58,7 @@ main() {
 
 STOP=''          # why Slurm wants the job to end: time-limit or preempted
 ROLLOUT_ENDED='' # a server ended by itself
+SERVERS_LOST=''  # and training was asked to stop for it
 EXCLUDED=''      # bad nodes, for the next attempt
 
 catch_signals() {
@@ -80,7 +81,7 @@ run_job() {
     fi
     rm -f "$DONE"
     if ! check_nodes; then
-        end_attempt nodes
+        end_attempt "${STOP:-nodes}"
         leave 1
     fi
     start_roles
@@ -104,23 +105,32 @@ check_nodes() { # one task per node; bad nodes leave the roles, or the job is re
     printf '%s\n' "$SLURM_JOB_ID.$ATTEMPT_NUMBER" >"$folder/canary"
     [[ ${PREFLIGHT:-full} == full ]] && network=(--network)
     export MOPD_VERSIONS=${FACTS[versions]:-}
-    timeout "${PREFLIGHT_SECONDS:-600}" srun --nodes="${#ALL_HOSTS[@]}" --ntasks="${#ALL_HOSTS[@]}" --ntasks-per-node=1 "${HET_ALL[@]}" \
-        --kill-on-bad-exit=0 --cpu-bind=none "${CONTAINER[@]}" "$PYTHON" -m megatron_mopd.cluster.node_check --folder "$folder" \
-        --token "$SLURM_JOB_ID.$ATTEMPT_NUMBER" --gpus "$GPUS_PER_NODE" --port "$((MASTER_PORT + 1))" "${network[@]}" \
-        --nodes "${ALL_HOSTS[@]}" >"$folder/output.log" 2>&1 &
+    local task_of_all=(--ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none "${CONTAINER[@]}")
+    local check=("$PYTHON" -m megatron_mopd.cluster.node_check --folder "$folder" --token "$SLURM_JOB_ID.$ATTEMPT_NUMBER"
+        --gpus "$GPUS_PER_NODE" --port "$((MASTER_PORT + 1))" "${network[@]}" --nodes "${ALL_HOSTS[@]}")
+    local line=(srun "${HET_FIRST[@]}" "--nodes=$NODES" "--ntasks=$NODES" "${task_of_all[@]}" "${check[@]}")
+    ((${#HET_HOSTS[@]})) && line+=(: --het-group=1 "--nodes=${#HET_HOSTS[@]}" "--ntasks=${#HET_HOSTS[@]}" "${task_of_all[@]}" "${check[@]}")
+    timeout "${PREFLIGHT_SECONDS:-600}" "${line[@]}" >"$folder/output.log" 2>&1 &
     local task=$!
     while :; do
         wait "$task"
         kill -0 "$task" 2>/dev/null || break
     done
+    [[ -n $STOP ]] && return 1 # cut short: this says nothing about the nodes
     for host in "${ALL_HOSTS[@]}"; do
         [[ -e $folder/$host.ok ]] && continue
         bad+=("$host")
         if [[ -s $folder/$host.bad ]]; then log "bad node $host: $(paste -sd';' "$folder/$host.bad")"; else log "bad node $host: did not answer; see $folder/output.log"; fi
     done
     ((${#bad[@]})) || { log "all ${#ALL_HOSTS[@]} nodes passed the check"; }
+    if ((${#bad[@]} == ${#ALL_HOSTS[@]} && ${#bad[@]} > 1)); then # it is not the nodes
+        log "not started again: no node passed the check; see $folder"
+        end_attempt no-restart
+        exit 93
+    fi
+    plan_roles "${bad[@]}" && return
     EXCLUDED=$(join , "${bad[@]}")
-    plan_roles "${bad[@]}"
+    return 1
 }
 
 start_roles() {
@@ -129,6 +139,9 @@ start_roles() {
     { ((${#ROLLOUT_SRUN[@]})) && print_command "${ROLLOUT_SRUN[@]}"; print_command "${TRAIN_SRUN[@]}"; } >"$MOPD_ATTEMPT/commands.txt"
     ROLLOUT_PID=
     if ((${#ROLLOUT_SRUN[@]})); then
+        # Whoever can reach a server could change its weights: it answers only with the attempt's own key.
+        MOPD_SGLANG_API_KEY=$(head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n')
+        export MOPD_SGLANG_API_KEY
         ("${ROLLOUT_SRUN[@]}" >"$MOPD_ATTEMPT/rollout.log" 2>&1; kill -USR2 $$ 2>/dev/null) &
         ROLLOUT_PID=$!
         wait_for_servers || { log "the rollout servers did not come up; see $MOPD_ATTEMPT/rollout*.log"; return; }
@@ -139,10 +152,10 @@ start_roles() {
     TRAIN_PID=$!
 }
 
-wait_for_servers() { # until every server answers on its port, one dies, or the time is up
+wait_for_servers() { # until every server is well, one dies, or the time is up
     local url deadline=$((SECONDS + ${SERVER_SECONDS:-1800}))
     for url in "${SERVER_URLS[@]}"; do
-        until "$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$url/health" 2>/dev/null; do
+        until is_well "${url#http://}" 2>/dev/null; do
             [[ -n $ROLLOUT_ENDED || -n $STOP ]] && return 1
             ((SECONDS < deadline)) || return 1
             sleep 2
@@ -150,18 +163,25 @@ wait_for_servers() { # until every server answers on its port, one dies, or the 
     done
 }
 
+is_well() ( # HOST:PORT; SGLang answers /health without the key
+    local code
+    exec 3<>"/dev/tcp/${1%:*}/${1##*:}" || exit 1
+    printf 'GET /health HTTP/1.0\r\nHost: %s\r\n\r\n' "$1" >&3
+    read -r -t 10 _ code _ <&3 && [[ $code == 200 ]]
+)
+
 wait_for_training() { # TRAIN_CODE; a role that dies takes the others with it
     TRAIN_CODE=1
     [[ -n ${TRAIN_PID:-} ]] || return
-    local told=
     while :; do
         wait "$TRAIN_PID"
         TRAIN_CODE=$?
         kill -0 "$TRAIN_PID" 2>/dev/null || break
-        if [[ -n $ROLLOUT_ENDED && -z $told ]]; then
-            told=1
-            log "a rollout server ended; training gets ${ROLE_GRACE:-60} s to end too"
-            (sleep "${ROLE_GRACE:-60}"; kill -KILL "$TRAIN_PID" 2>/dev/null) &
+        if [[ -n $ROLLOUT_ENDED && -z $SERVERS_LOST ]]; then
+            SERVERS_LOST=1
+            : >"$MOPD_ATTEMPT/stop"
+            log "a rollout server ended; the ranks are asked to save and have ${ROLE_GRACE:-900} s for it"
+            (sleep "${ROLE_GRACE:-900}"; kill -KILL "$TRAIN_PID" 2>/dev/null) &
         fi
     done
     wait "$TRAIN_PID"
@@ -183,7 +203,7 @@ judge() { # complete, useless to repeat, or again
         exit 0
     fi
     local why=failed
-    if [[ -n $STOP ]]; then why=$STOP; elif ((TRAIN_CODE == 0)); then why=preempted; fi
+    if [[ -n $STOP ]]; then why=$STOP; elif ((TRAIN_CODE == 0)) && [[ -z $SERVERS_LOST ]]; then why=preempted; fi
     if [[ $why == failed ]]; then
         first_traceback
         if [[ -e $MOPD_ATTEMPT/no-restart ]]; then

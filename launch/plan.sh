@@ -4,7 +4,7 @@
 
 SBATCH_GIVEN=() COMMAND=run CONFIG='' ARGUMENTS=() OWN_OPTIONS=()
 DRY_RUN='' ROLLOUT_NODES=0 SPARE_NODES=0 RANKS_PER_NODE='' COLOCATED=''
-CONTAINER=() HET_FIRST=() HET_ALL=() HET_HOSTS=() ALL_HOSTS=() GPUS_PER_NODE=0
+CONTAINER=() HET_FIRST=() HET_HOSTS=() ALL_HOSTS=() GPUS_PER_NODE=0
 declare -A FACTS=()
 SERVER_PORT=${SERVER_PORT:-30000}
 if [[ -n ${CONTAINER_IMAGE:-} ]]; then # pyxis; without its plugin srun knows none of these options
@@ -106,21 +106,11 @@ plan_roles() { # [BAD HOST...]: TRAIN_HOSTS, ROLLOUT_HOSTS, SERVER_URLS from HOS
         rollout=("${good[@]:train:ROLLOUT_NODES}")
     fi
     TRAIN_HOSTS=("${good[@]:0:train}") ROLLOUT_HOSTS=("${rollout[@]}") SERVER_URLS=()
-    ((${#TRAIN_HOSTS[@]})) || return 1
-    plan_servers
-}
-
-plan_servers() { # as many servers on a node as SERVER_GPUS (default: all of the node's) fit into its GPUs
-    SERVER_GPUS=${SERVER_GPUS:-$GPUS_PER_NODE}
-    SERVERS_PER_NODE=1
-    if ((GPUS_PER_NODE && SERVER_GPUS)); then
-        ((GPUS_PER_NODE % SERVER_GPUS)) && { fail "SERVER_GPUS: $SERVER_GPUS does not divide the $GPUS_PER_NODE GPUs of a node"; return 1; }
-        SERVERS_PER_NODE=$((GPUS_PER_NODE / SERVER_GPUS))
-    fi
-    local host server
+    local server
     for host in "${ROLLOUT_HOSTS[@]}"; do
-        for ((server = 0; server < SERVERS_PER_NODE; server++)); do SERVER_URLS+=("http://$host:$((SERVER_PORT + server))"); done
+        for ((server = 0; server < ${FACTS[servers]:-1}; server++)); do SERVER_URLS+=("http://$host:$((SERVER_PORT + server))"); done
     done
+    ((${#TRAIN_HOSTS[@]}))
 }
 
 srun_lines() { # TRAIN_SRUN, ROLLOUT_SRUN: what is run, as arrays
@@ -130,12 +120,12 @@ srun_lines() { # TRAIN_SRUN, ROLLOUT_SRUN: what is run, as arrays
     common=(--ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --export=ALL "${CONTAINER[@]}")
     if ((${#HET_HOSTS[@]})); then train_part=(--het-group=0) rollout_part=(--het-group=1); fi
     [[ -n $COLOCATED ]] && common+=(--overlap)
-    ((${#SERVER_URLS[@]})) && urls=("rollout.sglang.urls=[$(join , "${SERVER_URLS[@]}")]")
+    ((${#SERVER_URLS[@]})) && urls=("rollout.sglang.urls=[$(join , "${SERVER_URLS[@]}")]" rollout.sglang.launch=null)
     TRAIN_SRUN=(srun "${train_part[@]}" --job-name=train "--nodes=$nodes" "--ntasks=$nodes" "--nodelist=$(join , "${TRAIN_HOSTS[@]}")"
         "${common[@]}" bash "$MOPD_ROOT/launch/node.sh" train "$COMMAND" "$CONFIG" "${ARGUMENTS[@]}" "${urls[@]}")
     ROLLOUT_SRUN=()
     nodes=${#ROLLOUT_HOSTS[@]}
     ((nodes)) && ROLLOUT_SRUN=(srun "${rollout_part[@]}" --job-name=rollout "--nodes=$nodes" "--ntasks=$nodes" "--nodelist=$(join , "${ROLLOUT_HOSTS[@]}")"
-        "${common[@]}" bash "$MOPD_ROOT/launch/node.sh" rollout "${FACTS[model]:-}" "$SERVERS_PER_NODE" "$SERVER_GPUS" "$SERVER_PORT")
+        "${common[@]}" bash "$MOPD_ROOT/launch/node.sh" rollout --port "$SERVER_PORT" "$CONFIG" "${ARGUMENTS[@]}")
     return 0
 }

@@ -10,13 +10,14 @@ submit() {
     describe_arguments
     local text shared=() name
     [[ ${MOPD_SHARED_STORAGE:-} == yes ]] && shared=(--shared)
-    text=$("$PYTHON" -m megatron_mopd.cluster.describe --full "${shared[@]}" "${DESCRIBE[@]}") || exit 2
+    text=$("$PYTHON" -m megatron_mopd.cluster.describe "${DESCRIBE[@]}") || exit 2 # quick: keys, shapes
     read_facts "$text"
     name=$(basename "$RUN_DIR")
     [[ $COMMAND == run ]] || name=$name-$COMMAND
     SBATCH_LINE=(sbatch "--job-name=$name" "--dependency=$(dependency)" --kill-on-invalid-dep=yes "${SBATCH_GIVEN[@]}"
         "$MOPD_ROOT/launch/mopd.sh" "${OWN_OPTIONS[@]}" "$COMMAND" "$CONFIG" "${ARGUMENTS[@]}")
     test_only || exit 2
+    "$PYTHON" -m megatron_mopd.cluster.describe --full "${shared[@]}" "${DESCRIBE[@]}" >/dev/null || exit 2 # files, space
     if [[ -n $DRY_RUN ]]; then
         print_plan
     else

@@ -15,6 +15,7 @@ from megatron_mopd.environment import joined_world, prepare_environment, world_s
 from megatron_mopd.launch import Outcome, launch
 from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.metrics import check_log
+from megatron_mopd.plan import arguments as plan_arguments
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
 
@@ -150,6 +151,8 @@ def _add_study_commands(commands: Any) -> None:
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, a demo or a reproduction")
     report.add_argument("--out", metavar="DIR", help="folder to write; default: report in the first RUN")
+    about = "memory, bytes, FLOPs, time and cost of a run"
+    plan_arguments.add(_command(commands, "plan CONFIG", _plan, about, cli_text.PLAN, cli_text.PLAN_EPILOG))
 
 
 def _command(
@@ -244,6 +247,12 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = sampling_config(config)
     preflight.check(config, world_size(config.parallel))
     return _print_result(launch(config, _sample_rank, arguments.out, arguments.keep))
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from megatron_mopd.plan.command import plan
+
+    return plan(arguments.config, overrides, plan_arguments.options(arguments))
 
 
 def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -163,3 +163,22 @@ examples:
   mopd merge configs/tiny/param_merge.yaml scaling=0.5 out=runs/tiny/merged/lambda_0.5
   mopd merge configs/tiny/param_merge.yaml method=ties density=0.3 out=runs/tiny/merged/ties
 """
+
+PLAN = """\
+What a run needs, before it is queued: parameters, GB of a GPU part by part, host memory of the teachers, bytes moved
+and FLOPs of a step, and the least time and GPU-hours by data-sheet ceilings. Parameters are counted on the real
+Megatron model, built without memory; no GPU is touched and nothing is downloaded.
+
+Every figure says how it was obtained: counted, formula, measured, assumed, given, or ceiling (at best; nothing ran at
+that speed). A model that is not here yet: a folder `model` beside CONFIG stands for it, or --model. Without --gpus,
+the fewest ranks of the layout; without --device, H100s for bfloat16 and this machine's cores for float32.
+"""
+
+PLAN_EPILOG = """\
+examples:
+  mopd plan configs/qwen3_30b_a3b/mopd.yaml --gpus 64 --rollout-gpus 64
+  mopd plan configs/qwen3_30b_a3b/mopd.yaml --suggest --gpus 128 --json
+  mopd plan configs/qwen3_30b_a3b/mopd.yaml --gpus 64 --rollout-gpus 64 --simulate --lag 1 --efficiency 0.4
+  mopd plan configs/tiny/mopd.yaml
+  mopd plan --scale-table
+"""

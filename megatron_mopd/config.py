@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_mopd.data_config import BenchmarkSpec, DomainSpec, EvalSpec, SourceSpec, Split
+from megatron_mopd.environments.config import EnvironmentSpec
 from megatron_mopd.method_config import ObjectiveSpec, Stage, check_method, sequential_steps
 from megatron_mopd.rollout_config import LaunchSpec, RolloutSpec, SglangSpec
 from megatron_mopd.teacher_config import TeacherMemorySpec, TeacherSpec
@@ -225,6 +226,11 @@ class RunConfig:
                 raise ConfigError(
                     f"domains.{name}.source.validation: evaluation.validation_prompts is 0; set it, or remove the file"
                 )
+            if domain.environment is not None and not self.generates:
+                raise ConfigError(
+                    f"domains.{name}.environment: only where the student answers by itself, in stage 'rl' or 'mopd' "
+                    "without rollout.dataset; remove it"
+                )
             if domain.wrong_answers > 0 and not self.reads_answers:
                 why = "the answers are those of rollout.dataset" if self.stage == "sft" else f"not '{self.stage}'"
                 raise ConfigError(f"domains.{name}.wrong_answers: only in stage 'sft', {why}")
@@ -251,6 +257,12 @@ class RunConfig:
     def generates(self) -> bool:
         """Whether the student samples the answers that it is trained on."""
         return self.stage != "sft" and self.rollout.engine != "dataset"
+
+    @property
+    def environments(self) -> tuple[EnvironmentSpec | None, ...]:
+        """Of every domain and every task of the evaluation."""
+        tasks = (self.domains, self.evaluation.out_of_domain, self.evaluation.benchmarks)
+        return tuple(spec.environment for group in tasks for spec in group.values())
 
     def domain_shares(self, step: int) -> dict[str, float]:
         """domain -> its share of the prompts of a step: its weight, or one domain after another (Cascade RL)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_mopd.environments.config import EnvironmentSpec
 from megatron_mopd.yaml_config import REST, ConfigError, require
 
 Split = Literal["held_out", "validation"]
@@ -40,9 +41,10 @@ class DomainSpec:
     source: SourceSpec
     teacher: str | None = None
     """Key into `teachers`; needed in the `mopd` stage and only there."""
-    verifier: Literal["task", "math", "exact", "ifeval", "command", "none"] = "task"
+    verifier: Literal["task", "math", "exact", "ifeval", "command", "environment", "none"] = "task"
     """task: the reasoning-gym task's own scorer · math: math-verify · exact: same text · ifeval: instructions of the
-    line followed (strict) · command: a program of yours · none: no reward."""
+    line followed (strict) · command: a program of yours · environment: what the domain's environment says · none: no
+    reward."""
     command: tuple[str, ...] = ()
     """`verifier: command`: program and arguments; see domains/command.py for what it reads and writes."""
     command_seconds: float = 600.0
@@ -55,6 +57,8 @@ class DomainSpec:
     wrong_answers: float = 0.0
     """`sft` stage: share of reference answers that are replaced by another item's, to leave RL something to do."""
     system_prompt: str | None = None
+    environment: EnvironmentSpec | None = None
+    """Several turns, with a tool or an agent environment in between; null: one answer."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"weight: must be > 0, got {self.weight}; remove the domain to leave it out")
@@ -65,6 +69,8 @@ class DomainSpec:
             raise ConfigError("verifier: 'task' needs a reasoning_gym source; use math, exact or none with jsonl")
         if self.verifier == "ifeval" and self.source.jsonl is None:
             raise ConfigError("verifier: 'ifeval' needs a jsonl source; `mopd benchmark ifeval` writes one")
+        if self.verifier == "environment" and (self.environment is None or self.environment.kind != "http"):
+            raise ConfigError("verifier: 'environment' needs an environment of kind http, which gives the reward")
         self._check_command()
 
     def _check_command(self) -> None:

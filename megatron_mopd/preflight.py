@@ -15,6 +15,7 @@ from megatron_mopd.config import DomainSpec, ModelSpec, RunConfig, Split, check_
 from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.environments.opening import check_environment
 from megatron_mopd.evaluation.documents import read_windows
 from megatron_mopd.hub import MANIFEST, MODEL_FOLDER, resolve_folder
 from megatron_mopd.rollout.sglang.check import check_servers
@@ -196,6 +197,7 @@ def _check_data(
         read_windows(Path(config.evaluation.perplexity), arch, tokenizer)
     for place, domain in _places(config).items():
         check_command(place, domain)
+        check_environment(place, domain.environment, tokenizer)
 
 
 def _places(config: RunConfig) -> dict[str, DomainSpec]:

@@ -140,6 +140,7 @@ class Run:
             **report.metrics,
             **rollout_metrics(rollouts, self.config.domain_names),
             **self.collector.sampling_metrics,
+            **(self.engine.sync_metrics if isinstance(self.engine, SglangEngine) else {}),
             **token_metrics(
                 rollouts, generated=self.collector.generated_tokens, has_teachers=bool(self.config.teachers)
             ),

@@ -43,6 +43,8 @@ def check_sampling(config: RunConfig, out: Path, keep: Keep) -> None:
         raise ConfigError(f"--out {out}: exists; delete it, or name another file")
     check_writable(out.parent, "--out")
     for name, domain in config.domains.items():
+        if domain.environment is not None:
+            raise ConfigError(f"domains.{name}.environment: a dataset holds answers of one turn; remove it")
         if keep == "correct" and domain.verifier == "none":
             raise ConfigError(f"domains.{name}.verifier: 'none' cannot tell correct answers; use --keep all")
 

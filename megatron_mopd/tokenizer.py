@@ -92,9 +92,19 @@ class Tokenizer:
         """[T] token ids; no special token is added, those written out in the text are recognised."""
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
+    def encode_plain(self, text: str) -> IntArray:
+        """[T] token ids of text from outside: a special token that is written out in it is text like any other."""
+        return np.array(self._plain_backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
     def decode(self, ids: Sequence[int] | IntArray, *, keep_special: bool = False) -> str:
         """Text of token ids, without special tokens unless asked for."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=not keep_special)
+
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:

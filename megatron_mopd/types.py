@@ -56,6 +56,25 @@ class WeightSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """How a rollout of several turns went (`domains.X.environment`)."""
+
+    turns: int
+    """Answers of the student's."""
+    calls: int = 0
+    """Tool calls that were run."""
+    calls_failed: int = 0
+    """Those that ended in an error, at a limit, or could not be read."""
+    ended: str = "answered"
+    """answered: by the student or the environment · turns, time, room: at that limit · or what the environment failed
+    with (`environments.protocol.Failure`)."""
+    failed: bool = False
+    """Whether the environment could not go on."""
+    seconds: float = 0.0
+    """That the environment took, by the clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One answer to one prompt, with all that is needed to judge it: nothing is matched by position.
 
@@ -83,6 +102,8 @@ class Rollout:
     """The verifier's score in [0, 1]; 0 when the domain was not verified."""
     outcome_advantage: float = 0.0
     """Group-normalised reward (GRPO); 0 when no outcome term is used."""
+    episode: Episode | None = None
+    """None: one turn, without an environment."""
 
     def __post_init__(self) -> None:
         lengths = (len(self.token_ids), len(self.loss_mask), len(self.rollout_logprobs))

@@ -2,7 +2,7 @@
 
     python -m megatron_mopd.cluster.describe [OPTIONS] COMMAND CONFIG [key.path=value ...]
 
-prints `name=value` lines: run_dir, steps, complete, engine, model, world, versions. A mistake is one line on stderr
+prints `name=value` lines: run_dir, steps, complete, servers, world, versions. A mistake is one line on stderr
 and exit code 2, as from `mopd`. Imports torch only with --full.
 """
 
@@ -71,17 +71,15 @@ def describe(command: str, path: str, overrides: Sequence[str], shape: Shape | N
         "run_dir": str(Path(config.run_dir).absolute()),
         "steps": str(config.steps),
         "complete": str(int(complete)),
-        "engine": config.rollout.engine,
-        # The servers' first weights: those of the run's own newest checkpoint come with the first weight transfer.
-        "model": _model_folder(config),
+        "servers": str(_servers(config)),
         "world": str(shape.world) if shape else "",
     }
 
 
-def _model_folder(config: RunConfig) -> str:
-    if config.rollout.engine in ("in_process", "dataset"):
-        return ""
-    return str(resolve_folder(config.model.checkpoint or config.model.source, "model.checkpoint").absolute())
+def _servers(config: RunConfig) -> int:
+    """Rollout servers on a node that has them."""
+    spec = config.rollout.sglang
+    return spec.launch.servers if spec and spec.launch else 0
 
 
 def _check_shape(config: RunConfig, shape: Shape, command: str) -> None:
@@ -92,16 +90,22 @@ def _check_shape(config: RunConfig, shape: Shape, command: str) -> None:
             f"{shape.ranks_per_node} = {shape.world}; set parallel.ranks={shape.world}, or ask for other nodes"
         )
     check_layout(config.parallel, shape.world)
-    if config.rollout.engine in ("in_process", "dataset"):
-        if shape.rollout_nodes:
-            raise ConfigError(
-                f"--rollout-nodes: rollout.engine '{config.rollout.engine}' needs no servers; "
-                "remove the option (or the second part of the het job), or set rollout.engine=sglang"
-            )
-    elif not shape.rollout_nodes and command == "run":
+    _check_servers(config, shape)
+
+
+def _check_servers(config: RunConfig, shape: Shape) -> None:
+    if not shape.rollout_nodes:
+        return  # servers that run already, or that the run starts itself on its first node
+    launch = config.rollout.sglang.launch if config.rollout.sglang else None
+    if config.rollout.engine != "sglang":
         raise ConfigError(
-            f"rollout.engine: '{config.rollout.engine}' needs servers; "
-            "add --rollout-nodes N, or --rollout-nodes all to share the GPUs"
+            f"--rollout-nodes: rollout.engine '{config.rollout.engine}' needs no servers; "
+            "remove the option (or the second part of the het job), or set rollout.engine=sglang"
+        )
+    if launch is None:
+        raise ConfigError(
+            "rollout.sglang: has urls of servers that run already; remove --rollout-nodes (or the second part of the "
+            "het job), or say in rollout.sglang.launch what is to be started on a node"
         )
 
 
@@ -165,9 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [item for item in arguments.rest if "=" in item and not item.startswith("-")]
     try:
         shape = _shape(arguments)
-        facts = describe(arguments.command, arguments.config, overrides, shape, full=arguments.full)
         if arguments.full and not arguments.shared and shape is not None:
-            check_shared(Path(facts["run_dir"]), Path("/proc/mounts").read_text(), shape.nodes)
+            folder = describe(arguments.command, arguments.config, overrides, shape, full=False)["run_dir"]
+            check_shared(Path(folder), Path("/proc/mounts").read_text(), shape.nodes)
+        facts = describe(arguments.command, arguments.config, overrides, shape, full=arguments.full)
     except ConfigError as error:
         print(f"mopd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG

@@ -20,7 +20,7 @@ from megatron_mopd.domains.ifeval import judge, read_instructions
 from megatron_mopd.domains.reasoning import after_reasoning
 from megatron_mopd.domains.source import build_task
 from megatron_mopd.tokenizer import Tokenizer
-from megatron_mopd.types import Rollout
+from megatron_mopd.types import IntArray, Rollout
 from megatron_mopd.yaml_config import ConfigError
 
 CPU_SECONDS_PER_ANSWER = 5.0
@@ -94,18 +94,26 @@ def verify(rollouts: Sequence[Rollout], domains: Mapping[str, DomainSpec], token
 
     Must run in a process's main thread: its time limits use signals (SIGVTALRM; math-verify's, SIGALRM).
     """
-    responses = [tokenizer.decode(rollout.response_ids) for rollout in rollouts]
+    responses = [tokenizer.decode(_last_turn(rollout)) for rollout in rollouts]
     rewards = [0.0] * len(rollouts)
     for name in dict.fromkeys(rollout.domain for rollout in rollouts):
         spec = domains[name]
         own = [index for index, rollout in enumerate(rollouts) if rollout.domain == name]
-        if spec.verifier == "command":
+        if spec.verifier == "environment":
+            scores = [rollouts[index].reward for index in own]
+        elif spec.verifier == "command":
             scores = _score_by_command(name, spec, [(responses[index], rollouts[index]) for index in own])
         else:
             scores = [score(responses[index], rollouts[index], domains) for index in own]
         for index, reward in zip(own, scores, strict=True):
             rewards[index] = reward
     return [dataclasses.replace(rollout, reward=reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
+
+
+def _last_turn(rollout: Rollout) -> IntArray:
+    """[R] the student's tokens after the last one that is not its own: all of them, where there is one turn."""
+    foreign = np.flatnonzero(~rollout.loss_mask)
+    return rollout.token_ids[foreign[-1] + 1 :] if rollout.episode is not None else rollout.response_ids
 
 
 def _score_by_command(name: str, spec: DomainSpec, answered: Sequence[tuple[str, Rollout]]) -> list[float]:

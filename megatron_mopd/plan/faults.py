@@ -59,7 +59,7 @@ def _remedy(setting: Setting, memory: StageMemory) -> str:
     """What the largest part suggests that can be made smaller."""
     again = setting.parallel.recompute
     choices = {
-        "the in-process engine keeps a whole student on every GPU: use servers (`--rollout-gpus`)": memory.rollout_weights,
+        "the in-process engine keeps a whole student on every GPU: use `--rollout-gpus`": memory.rollout_weights,
         "lower rollout.batch_size": memory.rollout_cache,
         "set parallel.recompute": 0.0 if again else memory.activations,
         "lower optim.max_tokens_per_microbatch or the longest answers": memory.activations if again else 0.0,

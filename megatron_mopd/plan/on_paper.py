@@ -6,6 +6,7 @@ Nothing is allocated and nothing is sent: real constructors, real shapes. Only o
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,5 +76,6 @@ def build_on_paper(arch: Architecture, parallel: ParallelSpec, size: int, rank: 
     from megatron_mopd.student.model import build_model
 
     check_architecture(arch, parallel)
-    with world_on_paper(parallel, size, rank) as world:
+    with world_on_paper(parallel, size, rank) as world, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Megatron, about its own defaults
         return build_model(arch, parallel, world, torch.bfloat16, training=True)

@@ -77,7 +77,12 @@ def _layout(setting: Setting, cluster: ClusterSpec) -> Section:
             *(Figure(key, label, value, "", "given", "configuration and options") for key, label, value in given),
             Figure("data", "data", setting.data_ranks, "", "formula", "ranks / (tensor x pipeline)"),
             Figure(
-                "shard_parameters", "parameters of the fullest rank", shard.total, "", "counted", "cut by the layout"
+                "shard_parameters",
+                "parameters of the fullest rank",
+                shard.total,
+                "",
+                "counted",
+                "rank on the meta device",
             ),
             Figure("microbatches", "micro-batches of an update", packing.count, "", "counted", longest),
             Figure("microbatch_tokens", "tokens of the largest", packing.tokens, "", "counted", longest),
@@ -221,7 +226,7 @@ def _compute(setting: Setting, cluster: ClusterSpec, time: StepTime, efficiency:
         price = f"{cluster.price_per_gpu_hour:g} per GPU-hour, given"
         rows.append(Figure("cost", "cost: at least", hours * cluster.price_per_gpu_hour, "", "ceiling", price))
     b = time.bottleneck
-    notes = [f"bottleneck by these ceilings: {b.phase}, {b.name}, {b.seconds:.3g} s of {time.step:.3g}"]
+    notes = [f"bottleneck by these ceilings: {b.phase}, {b.name}, {b.seconds:,.2f} s of {time.step:,.2f} s a step"]
     if not setting.engine_here and setting.config.generates and not cluster.rollout_gpus:
         notes.append("nobody answers: --rollout-gpus gives servers, so the time of the answers is missing")
     if efficiency == 1:

@@ -27,7 +27,7 @@ TEACHERS = (3, 10, 40)
 SIZES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("qwen3-30b-a3b", (8, 16, 32, 64, 128, 256, 512, 1024)),
     ("qwen3-235b-a22b", (64, 128, 256, 512, 1024)),
-    ("1t-a32b", (512, 1024, 2048)),
+    ("1t-a32b", (384, 768, 1536)),  # its 384 experts divide no power of two beyond 128
 )
 PROMPTS, LONGEST_PROMPT, LONGEST_RESPONSE = 2048, 2048, 30720
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-STEPS = 24
+STEPS = 12
+"""That are simulated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

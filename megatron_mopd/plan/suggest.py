@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -105,18 +106,19 @@ def distinct(suggestions: list[Suggestion], count: int) -> list[Suggestion]:
     return list(first.values())[:count]
 
 
-def verify(suggestion: Suggestion) -> None:
+def verify(setting: Setting) -> None:
     """Build what a user would start: Megatron's configuration, and one rank of the first, second and last stage on the
-    meta device, whose parameters must be those that the search counted with.
+    meta device, whose parameters must be those that the plan counts with.
 
     Raises ConfigError where the layout is not valid, RuntimeError where the count is wrong (a defect).
     """
     from megatron_mopd.student.model import transformer_config
 
-    setting = suggestion.setting
     arch, parallel = setting.count.arch, setting.parallel
     check_layout(parallel, setting.ranks)
-    transformer_config(arch, parallel, getattr(torch, setting.config.model.dtype), training=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron deprecates its own defaults
+        transformer_config(arch, parallel, getattr(torch, setting.config.model.dtype), training=True)
     for stage in sorted({0, min(1, parallel.pipeline - 1), parallel.pipeline - 1}):
         built, cut = built_shard(arch, parallel, setting.ranks, stage), setting.count.shard(parallel, stage)
         if built != cut:

@@ -75,13 +75,17 @@ def workload_of(config: RunConfig, response_share: float | None = None) -> Workl
     share = MEAN_SHARE if response_share is None else response_share
     domains = []
     # With one domain after another, the plan is that of its longest one having all prompts.
-    shares = config.domain_shares(0) if config.domain_schedule == "mixed" else dict.fromkeys(config.domains, 1.0)
+    mixed = config.domain_schedule == "mixed"
+    shares = config.domain_shares(0) if mixed else dict.fromkeys(config.domains, 1.0)
+    before = 0.0  # rounded at the sums, so that all prompts are shared out
     for name, spec in config.domains.items():
+        begin, before = before, before + shares[name] if mixed else 0.0
+        prompts = round((begin + shares[name]) * config.prompts_per_step) - round(begin * config.prompts_per_step)
         domains.append(
             DomainLoad(
                 name=name,
                 teacher=spec.teacher,
-                rollouts=max(1, round(shares[name] * config.prompts_per_step)) * config.rollout.samples_per_prompt,
+                rollouts=max(1, prompts) * config.rollout.samples_per_prompt,
                 longest_prompt=spec.max_prompt_tokens,
                 longest_response=spec.max_response_tokens,
                 prompt=spec.max_prompt_tokens * MEAN_SHARE,

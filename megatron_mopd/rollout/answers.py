@@ -32,6 +32,9 @@ class ReferenceAnswers:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Nothing to load; the stream is not read."""
 
+    def rest(self) -> None:
+        """Nothing to give up."""
+
     def generate(self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """One rollout per prompt: its answer and the end token, log-probabilities 0, policy version 0.
 

@@ -12,6 +12,9 @@ import numpy as np
 from megatron_mopd.config import DomainSpec, RunConfig
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.domains.verifiers import group_advantages, verify
+from megatron_mopd.environments.metrics import episode_means
+from megatron_mopd.environments.opening import Environments
+from megatron_mopd.environments.play import play
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.rollout.engine import RolloutEngine, Sampling
 from megatron_mopd.rollout.stored_answers import StoredAnswers
@@ -35,6 +38,7 @@ class Collector:
         self._engine = engine
         self._tokenizer = tokenizer
         self._world = world
+        self._environments = Environments(config.environments, tokenizer)
         self.sampling_metrics: dict[str, float] = {}
         """Of the last `collect` with dynamic sampling: what was sampled, before groups without signal were left out."""
         self.generated_tokens = 0
@@ -57,6 +61,7 @@ class Collector:
             kept += rollouts if rounds == 1 or (last and not kept) else _with_signal(rollouts)
             if len(kept) >= config.prompts_per_step * config.rollout.samples_per_prompt:
                 break
+        self._engine.rest()
         if config.generates:
             self.generated_tokens = sum(int(rollout.loss_mask.sum()) for rollout in sampled)
         if rounds > 1:
@@ -83,8 +88,11 @@ class Collector:
         spec = self._config.rollout
         sampling = sampling or Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k)
         own = range(self._world.rank, len(prompts), self._world.size)
-        rollouts = self._engine.generate(
+        rollouts = play(
+            self._engine,
             [prompts[index] for index in own],
+            domains or self._config.domains,
+            self._environments.find,
             samples=samples or spec.samples_per_prompt,
             sampling=sampling,
             seed=seed,
@@ -145,6 +153,7 @@ def _means(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "response_tokens": float(np.mean([r.loss_mask.sum() for r in rollouts])),
         "truncation_rate": float(np.mean([r.finish_reason == "length" for r in rollouts])),
         "repetition_rate": float(np.mean([_is_repetitive(r) for r in rollouts])),
+        **episode_means(rollouts),
     }
 
 

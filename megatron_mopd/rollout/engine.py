@@ -65,3 +65,7 @@ class RolloutEngine(Protocol):
         missing, unexpected or of the wrong shape; the engine then refuses to generate until a load succeeds.
         """
         ...
+
+    def rest(self) -> None:
+        """No prompts come until the next `load_weights`: memory may be given up for the update."""
+        ...

@@ -64,6 +64,9 @@ class InProcessEngine:
         self._decoder.weights.load(weights)
         self._version = version
 
+    def rest(self) -> None:
+        """Keeps its weights: the next load writes into them."""
+
     def generate(self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
         if self._version is None:

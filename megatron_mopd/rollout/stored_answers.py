@@ -20,6 +20,9 @@ class StoredAnswers:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Nothing to load; the stream is not read."""
 
+    def rest(self) -> None:
+        """Nothing to give up."""
+
     def generate(self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """One rollout per prompt of a `StoredFeed`, log-probabilities 0, policy version 0.
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,6 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from megatron_mopd.yaml_config import ConfigError, read_text
@@ -141,7 +142,7 @@ class TensorReader:
 
     def __init__(self, tensors: Mapping[str, StoredTensor]):
         self._tensors = tensors
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, mmap.mmap] = {}
 
     def __enter__(self) -> TensorReader:
         return self
@@ -149,16 +150,40 @@ class TensorReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files.values():
-            file.__exit__(kind, error, trace)
-        self._files.clear()
+        self._files.clear()  # a mapping ends with the last slice that is being read
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> StoredSlices:
         """An object with `get_shape()` that is indexed like a tensor and reads only what is asked for."""
-        path = self._tensors[name].file
-        if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt").__enter__()
-        return self._files[path].get_slice(name)
+        stored = self._tensors[name]
+        if stored.file not in self._files:
+            with stored.file.open("rb") as file:
+                self._files[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return StoredSlices(stored, self._files[stored.file])
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSlices:
+    """Copies of parts of one stored tensor, by slices of it."""
+
+    stored: StoredTensor
+    file: mmap.mmap
+
+    def get_shape(self) -> list[int]:
+        return list(self.stored.shape)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        """A copy: what is mapped would count as this process's memory, so its pages are given back at once."""
+        shape, dtype = self.stored.shape, DTYPES[self.stored.dtype]
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype)[index]
+        count = torch.Size(shape).numel()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mapping cannot be written to, which nobody does
+            whole = torch.frombuffer(self.file, dtype=dtype, count=count, offset=self.stored.begin).view(shape)
+        part = whole[index].clone(memory_format=torch.contiguous_format)
+        first = self.stored.begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self.file.madvise(mmap.MADV_DONTNEED, first, self.stored.end - first)
+        return part
 
 
 def content_hash(folder: Path, look: Callable[[StoredTensor, memoryview], None] | None = None) -> str:

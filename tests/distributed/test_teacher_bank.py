@@ -17,6 +17,7 @@ from megatron_mopd.packing import pack, plan_microbatches
 from megatron_mopd.parallel import cpu
 from megatron_mopd.types import MicroBatch, Rollout, TeacherScores
 from tests import tiny
+from tests.distributed.full_width import status_bytes
 from tests.distributed.ranks import run_ranks
 
 cpu.install()
@@ -200,19 +201,13 @@ def resident_bytes(config: RunConfig, folder: Path, rollouts: Sequence[Rollout])
     world = start_world(config.parallel, 0)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status("VmRSS")
+    before = status_bytes("VmRSS")
     bank = TeacherBank(config, sources_of(config, folder), world)
     packed = pack_all(config, rollouts, bank.names, world)
     for _ in range(2):
         bank.score([batch for _, batch in packed])
     stop_world()
-    return status("VmHWM") - before, status("VmRSS") - before
-
-
-def status(key: str) -> int:
-    """Bytes, from /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+    return status_bytes("VmHWM") - before, status_bytes("VmRSS") - before
 
 
 def test_from_disk_the_resident_memory_does_not_grow_with_the_teachers(tmp_path: Path) -> None:

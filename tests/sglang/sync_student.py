@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_mopd.config import ObjectiveSpec
-from megatron_mopd.rollout.sglang.http import ServerConnection
+from megatron_mopd.rollout.sglang.http import ServerConnection, ServerUnreachable
 from megatron_mopd.rollout.sync.config import SyncSpec
 from megatron_mopd.rollout.sync.push import ServerSync, make_sync
 from megatron_mopd.student.architecture import Architecture
@@ -91,6 +91,15 @@ def generate(
     }
     answers: list[dict[str, Any]] = server.post("/generate", body, timeout=timeout)
     return answers
+
+
+def serves(server: ServerConnection, seconds: float = 60) -> bool:
+    """Whether it answers a short prompt in time."""
+    try:
+        generate(server, [[1, 2, 3]], 2, timeout=seconds)
+    except ServerUnreachable:
+        return False
+    return True
 
 
 def student_scores(student: SyncedStudent, sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[np.ndarray]]:

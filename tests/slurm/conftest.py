@@ -30,7 +30,6 @@ STUB = """\
 case "$*" in
     "-m megatron_mopd "*) exec bash "$STUB_RANK" "${@:3}" ;;
     *cluster.node_check*) [[ ${BAD_NODE:-} == "$SLURMD_NODENAME" ]] && exit 1 ;;
-    *cluster.describe*) [[ -n ${STUB_FACTS:-} ]] && printf '%s\\n' "$STUB_FACTS" && exit 0 ;;
 esac
 exec "$REAL_PYTHON" "$@"
 """
@@ -107,14 +106,11 @@ def output_of(cluster: Cluster, job: str) -> str:
 
 def finish(cluster: Cluster, job: str) -> str:
     """Wait for the job's end, through requeues as they come, and return its last state."""
-    restarts = cluster.job_field(job, "Restarts")
 
     def over() -> bool:
-        nonlocal restarts
         if cluster.state(job) in ENDED and "COMPLETING" not in cluster.run("squeue", "-h", "-j", job, check=False):
             return True
-        if cluster.job_field(job, "Reason") == "BeginTime" and cluster.job_field(job, "Restarts") != restarts:
-            restarts = cluster.job_field(job, "Restarts")
+        if cluster.job_field(job, "Reason") == "BeginTime":
             cluster.restart_now(job)
         return False
 

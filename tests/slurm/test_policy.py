@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mopd.rollout.sglang.server import SGLANG_VERSION
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import MOPD, SECONDS, Project, finish, output_of, reasons, sbatch
 
@@ -18,7 +19,7 @@ def submit(cluster: Cluster, config: Path, env: dict[str, str], *options: str, o
 
 
 def test_no_restart_without_progress(cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]) -> None:
-    config = project.write("crash", project.tree(tmp_path / "run"))
+    config = project.write("crash", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text(CRASH)
     job = submit(cluster, config, stub | {"MAX_STALLED": "2"}, "-N1")
     assert finish(cluster, job) == "FAILED"
@@ -30,7 +31,7 @@ def test_no_restart_without_progress(cluster: Cluster, project: Project, tmp_pat
 
 
 def test_a_mistake_of_the_users_is_not_tried_again(cluster: Cluster, project: Project, tmp_path: Path) -> None:
-    config = project.write("mistake", project.tree(tmp_path / "run"))
+    config = project.write("mistake", project.tree(tmp_path / "run", parallel={}))
     job = sbatch(cluster, "-N1", MOPD, "--ranks-per-node=2", str(config), "teachers.b.checkpoint=/nowhere/else")
     assert finish(cluster, job) == "FAILED"
     assert cluster.job_field(job, "ExitCode") == "93:0"
@@ -41,7 +42,7 @@ def test_a_mistake_of_the_users_is_not_tried_again(cluster: Cluster, project: Pr
 def test_a_bad_node_is_named_and_left_out(
     cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]
 ) -> None:
-    config = project.write("bad_node", project.tree(tmp_path / "run"))
+    config = project.write("bad_node", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text(COMPLETE)
     job = submit(cluster, config, stub | {"BAD_NODE": "node1"}, "-N2", "--nodelist=node1,node2")
     wait_until(lambda: cluster.job_field(job, "ExcNodeList") == "node1", SECONDS, output_of(cluster, job))
@@ -53,7 +54,7 @@ def test_a_bad_node_is_named_and_left_out(
 
 
 def test_a_spare_node_stands_in(cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]) -> None:
-    config = project.write("spare", project.tree(tmp_path / "run"))
+    config = project.write("spare", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text(COMPLETE)
     job = submit(cluster, config, stub | {"BAD_NODE": "node2"}, "-N3", own=("--spare-nodes", "1"))
     assert finish(cluster, job) == "COMPLETED", output_of(cluster, job)
@@ -61,7 +62,7 @@ def test_a_spare_node_stands_in(cluster: Cluster, project: Project, tmp_path: Pa
 
 
 def test_cancelled_means_cancelled(cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]) -> None:
-    config = project.write("cancelled", project.tree(tmp_path / "run"))
+    config = project.write("cancelled", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text('trap "exit 0" TERM USR1\ntouch "$MOPD_ATTEMPT/up"\nsleep 600 &\nwait\n')
     job = submit(cluster, config, stub, "-N1")
     wait_until((tmp_path / "run" / "logs" / "attempt_1" / "up").exists, SECONDS, output_of(cluster, job))
@@ -71,60 +72,68 @@ def test_cancelled_means_cancelled(cluster: Cluster, project: Project, tmp_path:
     assert cluster.job_field(job, "Restarts") == "0"
 
 
-SERVER = """\
+SERVER = f"""\
 #!/usr/bin/env python3
-import http.server, os, sys
-port = int(sys.argv[sys.argv.index("--port") + 1])
+# In the place of SGLang's Python: serves /health with the settings that serve.py would get.
+import http.server, json, os, sys
+if "-c" in sys.argv:
+    print("{SGLANG_VERSION}")
+    sys.exit()
+settings = json.loads(sys.stdin.readline())
+options = dict(zip(settings["arguments"], settings["arguments"][1:]))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers(); self.wfile.write(os.environ["SLURMD_NODENAME"].encode())
-http.server.HTTPServer((os.environ["SLURMD_NODENAME"], port), Handler).serve_forever()
+        self.send_response(200); self.end_headers()
+        assert settings["api_key"] == os.environ["MOPD_SGLANG_API_KEY"]
+        self.wfile.write((os.environ["SLURMD_NODENAME"] + ":" + options["--port"]).encode())
+http.server.HTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
 """
 ASK = """\
 import sys, urllib.request
-urls = sys.argv[-1].removeprefix("rollout.sglang.urls=[").rstrip("]").split(",")
+assert sys.argv[-1] == "rollout.sglang.launch=null", sys.argv
+urls = sys.argv[-2].removeprefix("rollout.sglang.urls=[").rstrip("]").split(",")
 print("servers:", *(urllib.request.urlopen(url + "/health").read().decode() for url in urls))
 """
+
+
+def with_servers(project: Project, tmp_path: Path, server: str) -> Path:
+    """The file of a run whose servers are `server`, two on a node."""
+    python = tmp_path / "server"
+    python.write_text(server)
+    python.chmod(0o755)
+    launch = {"python": str(python), "servers": 2, "device": "cpu"}
+    rollout = {"engine": "sglang", "sglang": {"launch": launch}}
+    return project.write("servers", project.tree(tmp_path / "run", parallel={}, rollout=rollout))
 
 
 @pytest.mark.parametrize("het", [False, True], ids=["split", "het"])
 def test_rollout_servers_have_nodes_of_their_own(
     het: bool, cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]
 ) -> None:
-    run_dir = tmp_path / "run"
-    config = project.write("roles", project.tree(run_dir))
-    server = tmp_path / "server"
-    server.write_text(SERVER)
-    server.chmod(0o755)
+    config = with_servers(project, tmp_path, SERVER)
     (tmp_path / "ask.py").write_text(ASK)
-    (tmp_path / "rank.sh").write_text(f'((RANK)) || "$REAL_PYTHON" {tmp_path}/ask.py "$@"\n((RANK)) || {COMPLETE}')
-    facts = f"run_dir={run_dir}\nsteps=12\ncomplete=0\nengine=sglang\nmodel=/models/student\nworld=1"
-    env = stub | {"SERVER_COMMAND": str(server), "STUB_FACTS": facts}
+    (tmp_path / "rank.sh").write_text(f'"$REAL_PYTHON" {tmp_path}/ask.py "$@"\n{COMPLETE}')
     if het:
-        job = submit(cluster, config, env, "-N1", ":", "-N2")
+        options, own = ("-N1", ":", "-N2"), ()
     else:
-        job = submit(cluster, config, env, "-N3", own=("--rollout-nodes", "2"))
+        options, own = ("-N3",), ("--rollout-nodes", "2")
+    plan = cluster.run(MOPD, "--dry-run", *options, "--ranks-per-node=1", *own, str(config))
+    job = submit(cluster, config, stub, *options, own=own)
     assert finish(cluster, job) == "COMPLETED", output_of(cluster, job)
-    log = (run_dir / "logs" / "latest" / "rank0.log").read_text()
-    assert "servers: node2 node3" in log
-    commands = (run_dir / "logs" / "latest" / "commands.txt").read_text().splitlines()
-    assert len(commands) == 2
-    assert ("--het-group=1" in commands[0]) == het
-    assert "node.sh rollout /models/student 1 0 30000" in commands[0]
+    attempt = tmp_path / "run" / "logs" / "latest"
+    assert "servers: node2:30000 node2:30001 node3:30000 node3:30001" in (attempt / "rank0.log").read_text()
+    commands = (attempt / "commands.txt").read_text().splitlines()
+    assert [("--het-group=1" in line, "--het-group=0" in line) for line in commands] == [(het, False), (False, het)]
+    assert commands == [line.split(maxsplit=1)[1] for line in plan.splitlines()[-2:]]
 
 
 def test_a_dead_server_ends_the_attempt(
     cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]
 ) -> None:
-    run_dir = tmp_path / "run"
-    config = project.write("dead_server", project.tree(run_dir))
-    server = tmp_path / "server"
-    server.write_text(SERVER.replace(".serve_forever()", ".handle_request()"))  # the launcher's question is its last
-    server.chmod(0o755)
-    (tmp_path / "rank.sh").write_text("sleep 600\n")
-    facts = f"run_dir={run_dir}\nsteps=12\ncomplete=0\nengine=sglang\nmodel=/models/student\nworld=1"
-    env = stub | {"SERVER_COMMAND": str(server), "STUB_FACTS": facts, "ROLE_GRACE": "2", "MAX_STALLED": "1"}
-    job = submit(cluster, config, env, "-N2", own=("--rollout-nodes=1",))
+    # The launcher's question is the last that it answers.
+    config = with_servers(project, tmp_path, SERVER.replace(".serve_forever()", ".handle_request()"))
+    (tmp_path / "rank.sh").write_text("trap 'exit 0' USR1\nsleep 600 &\nwait\n")
+    job = submit(cluster, config, stub | {"MAX_STALLED": "1"}, "-N2", own=("--rollout-nodes=1",))
     assert finish(cluster, job) == "FAILED"
     assert "a rollout server ended" in output_of(cluster, job)
-    assert reasons(run_dir) == ["failed"]
+    assert reasons(tmp_path / "run") == ["failed"]

@@ -41,6 +41,8 @@ class Scripted:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 
+    def rest(self) -> None: ...
+
     def generate(self, prompts: Sequence[Prompt], *, samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         self.seeds.append(seed)
         rollouts = []

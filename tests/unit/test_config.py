@@ -170,7 +170,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("model.dtype=[float32]", "model.dtype: expected one of float32, bfloat16, got ['float32']"),
         (
             "domains.a.verifier=null",
-            "domains.a.verifier: expected one of task, math, exact, ifeval, command, none, got None",
+            "domains.a.verifier: expected one of task, math, exact, ifeval, command, environment, none, got None",
         ),
     ],
 )

@@ -91,6 +91,15 @@ class _Restricted(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def test_a_payload_is_the_same_beside_megatron_which_replaces_torchs_reader_of_storages() -> None:
+    (bucket,) = iter_buckets(_weights((3, 4)), max_bytes=48)
+    before = serialize(bucket)
+    import megatron.core  # noqa: F401
+
+    assert torch.storage._load_from_bytes.__module__.startswith("megatron.")  # type: ignore[attr-defined]
+    assert serialize(bucket) == before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_payload_passes_the_restricted_unpickler_and_carries_only_its_bucket(dtype: torch.dtype) -> None:
     weights = _weights((30, 10), (7,), dtype=dtype)
@@ -171,10 +180,12 @@ def test_a_difference_names_rank_and_parameter() -> None:
     checksums = ServerChecksums(1, HEAD)
     for name, tensor in _layer():
         checksums.add(name, tensor)
-    good = {"parallelism_info": [{"tp_rank": 0}], "checksums": checksums.of_rank(0) | {"some.buffer": "0"}}
+    good = {"parallelism_info": [{"tp_rank": 0}], "checksums": checksums.of_rank(0)}
     assert difference(checksums, [good]) is None
     bad = good | {"checksums": {**checksums.of_rank(0), "model.layers.0.mlp.gate.weight": "0" * 16}}
     assert difference(checksums, [bad]) == "rank 0 holds another model.layers.0.mlp.gate.weight than was sent"
+    unsent = good | {"checksums": checksums.of_rank(0) | {"lm_head.weight": "0" * 16}}
+    assert difference(checksums, [unsent]) == "rank 0 holds another lm_head.weight than was sent"
     fewer = good | {"checksums": {}}
     assert difference(checksums, [good, fewer]) == (
         "rank 0 holds another model.embed_tokens.weight and 6 more than was sent"

@@ -49,15 +49,16 @@ class SandboxLimits:
     """Standard output and error together; it is ended when it writes more."""
     open_files: int = 64
     threads: int = 64
+    """Where the snippet is a user of its own; elsewhere they would be counted with all of ours. Memory limits them."""
 
-    def as_rlimits(self) -> dict[str, int]:
-        """name of RLIMIT_* in lower case -> value."""
+    def as_rlimits(self, alone: bool) -> dict[str, int]:
+        """name of RLIMIT_* in lower case -> value. alone: whether the snippet is a user of its own."""
         return {
+            **({"nproc": self.threads} if alone else {}),
             "cpu": int(self.seconds) + 1,
             "as": self.memory_bytes,
             "fsize": self.scratch_bytes,
             "nofile": self.open_files,
-            "nproc": self.threads,
             "core": 0,
             "memlock": 0,
             "msgqueue": 0,
@@ -100,8 +101,10 @@ class Sandbox:
         Nothing of it is left when this returns: no process, no file. Raises SandboxError.
         """
         ready_end, ready = os.pipe()
+        own_root = self.isolation in ("bubblewrap", "namespaces")
         settings = {
-            "limits": limits.as_rlimits(),
+            "limits": limits.as_rlimits(alone=own_root),
+            "own_files": own_root,
             "user": user_of(self.isolation, 1_000_000 + secrets.randbelow(1_000_000_000)),
             "readable": readable(self._place) if self.isolation == "landlock" else None,
             "packages": self._place.packages,

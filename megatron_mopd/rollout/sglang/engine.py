@@ -57,6 +57,8 @@ class SglangEngine:
         self._stop_ids = inputs.tokenizer.stop_ids
         self._version: int | None = None
         self._pool = world.on_main(lambda: _open_pool(spec, inputs.model_folder, self._wanted, folder, say))
+        self.sync_metrics: dict[str, float] = {}
+        """Of the last `load_weights`: what was sent, and to how many servers."""
         self._sync: ServerSync | None = None
         if world.is_main:
             dtype = getattr(torch, config.model.dtype)
@@ -127,11 +129,18 @@ class SglangEngine:
         cannot be written (`sync.kind: disk`).
         """
         servers = self._pool.ready_for_weights() if self._pool is not None else []
+        self.sync_metrics = {}
         if self._world.any(bool(servers)):
             report = sync_weights(weights, version, self._world, self._sync, servers)
+            self.sync_metrics = report.metrics
             if self._pool is not None:
                 self._pool.weights_sent(report.synced, report.failed)
         self._version = version
+
+    def rest(self) -> None:
+        """See `RolloutEngine.rest`: servers on the trainer's devices (`sync.colocated`) give their memory up."""
+        if self._sync is not None and self._pool is not None:
+            self._pool.weights_sent((), self._sync.release([member.connection for member in self._pool.live]))
 
     def close(self) -> None:
         """Stop the servers that were started; give those that were found back."""

@@ -88,11 +88,11 @@ class Watched:
 
 
 def difference(expected: ServerChecksums, answer: Sequence[Mapping[str, Any]]) -> str | None:
-    """What is wrong with the `ranks` of a server's answer, in words; None where everything that was sent is there."""
+    """What is wrong with the `ranks` of a server's answer, in words; None where it holds what was sent, all of it."""
     for rank in answer:
         place = rank["parallelism_info"][0]["tp_rank"]
-        found: Mapping[str, str] = rank["checksums"]
-        wrong = [name for name, value in expected.of_rank(place).items() if found.get(name) != value]
+        sent, found = expected.of_rank(place), rank["checksums"]
+        wrong = [name for name in {**sent, **found} if sent.get(name) != found.get(name)]
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             return f"rank {place} holds another {wrong[0]}{more} than was sent"

@@ -20,7 +20,8 @@ class SyncSpec:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """`distributed`: auto is nccl where the student is on GPUs, gloo elsewhere."""
     folder: str | None = None
-    """`disk`: where the files lie, the same path here and on the servers; None: `weights` in the run folder."""
+    """`disk`: where the files lie, the same path here and on the servers; None: `weights` in the run folder. There has
+    to be room for the model twice."""
     checksum: bool = True
     """Compare the servers' checksum of their weights with one made from what was sent. Servers on GPUs hash in another
     way, which is not rebuilt here: of them only the version is compared."""

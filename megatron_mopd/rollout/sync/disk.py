@@ -62,7 +62,9 @@ class DiskTransport:
         pass
 
     def close(self) -> None:
-        pass
+        """Remove the snapshot: the servers have read it."""
+        self._remove_all_but(None)
+        self._current = None
 
     def _deliver(self, num_updates: int, recipients: Recipients) -> None:
         def ask(server: ServerConnection) -> None:
@@ -70,8 +72,12 @@ class DiskTransport:
             server.post("/update_weights_from_disk", body, timeout=self._timeout)
 
         recipients.ask(ask)
-        for path in self._folder.iterdir():
-            if path != self._path(num_updates):
+        self._remove_all_but(self._path(num_updates))
+
+    def _remove_all_but(self, kept: Path | None) -> None:
+        """Also what a run that was killed has left. The folder may be the user's: nothing else in it is touched."""
+        for path in [*self._folder.glob("update-????????"), *self._folder.glob(".update-????????.partial")]:
+            if path != kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, num_updates: int) -> Path:

@@ -6,7 +6,8 @@ import base64
 import io
 import pickle
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -37,5 +38,21 @@ def serialize(bucket: Bucket) -> str:
     else:
         # A view is pickled with all of its storage: what a bucket leaves unused of the buffer must not travel.
         data = bucket.data if bucket.data.numel() == bucket.data.untyped_storage().nbytes() else bucket.data.clone()
-        pickle.Pickler(buffer, protocol=5).dump({"flattened_tensor": data, "metadata": metadata})
+        _Pickler(buffer, protocol=5).dump({"flattened_tensor": data, "metadata": metadata})
     return base64.b64encode(buffer.getbuffer()).decode("ascii")
+
+
+class _Pickler(pickle._Pickler):
+    """Names torch's own reader of storages, whatever stands in its place: Megatron-Core puts one there that SGLang does
+    not know, and its scheduler ends with an unpickling error."""
+
+    def _save_function(self, function: Any, name: str | None = None) -> None:
+        if function is torch.storage._load_from_bytes:  # type: ignore[attr-defined]
+            self.save("torch.storage")  # type: ignore[attr-defined]
+            self.save("_load_from_bytes")  # type: ignore[attr-defined]
+            self.write(pickle.STACK_GLOBAL)  # type: ignore[attr-defined]
+            self.memoize(function)  # type: ignore[attr-defined]
+        else:
+            self.save_global(function, name)  # type: ignore[attr-defined]
+
+    dispatch = pickle._Pickler.dispatch | {FunctionType: _save_function}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def make_sync(
     """`device`, `dtype`: of the student's weights."""
     transport: Transport
     if spec.kind == "disk":
-        folder = Path(spec.folder) if spec.folder else run_dir / "weights"
+        folder = Path(spec.folder) / run_id if spec.folder else run_dir / "weights"
         transport = DiskTransport(folder=folder, arch=arch, dtype=dtype, timeout=spec.timeout_seconds)
     elif spec.kind == "tensor":
         transport = TensorTransport(bucket_bytes=spec.bucket_bytes, timeout=spec.timeout_seconds)
@@ -171,8 +171,11 @@ def sync_weights(
 
     `weights` is iterated once per pass, on all ranks: rank 0 sends, the others do their part in the collectives.
     A pass that a server's death interrupted is repeated for the sound ones. `sync` and `servers`: on rank 0 only.
-    Raises ConfigError on every rank where the weights cannot be written.
+    Raises ConfigError on every rank where the weights cannot be written, and ValueError for an iterator, which could
+    not be repeated.
     """
+    if isinstance(weights, Iterator):
+        raise ValueError("weights: an iterator; give something that can be iterated again, such as HFWeights")
     failed: dict[str, str] = {}
     num_bytes, seconds = 0, 0.0
     for attempt in range(_PASSES):

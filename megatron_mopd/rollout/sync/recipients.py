@@ -8,18 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mopd.rollout.sglang.http import ServerConnection, ServerRefused, ServerUnreachable
+from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError
 
 
-class UpdateRefused(ValueError):
+class UpdateRefused(ServerError):
     """A server's answer that rules it out: another weight version, another checksum, a layout we cannot serve."""
 
 
 def never(error: BaseException) -> bool:
     return False
-
-
-FAULTS = (ServerUnreachable, ServerRefused, UpdateRefused)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +60,10 @@ class Recipients:
             error = future.exception()
             if error is None or innocent(error):
                 continue
-            if not isinstance(error, FAULTS):
+            if not isinstance(error, ServerError):
                 raise error
             self.live.pop(url, None)
-            self.failed.setdefault(url, str(error))
+            self.failed.setdefault(url, error.reason)
 
 
 def read_facts(server: ServerConnection) -> ServerFacts:
@@ -75,7 +72,7 @@ def read_facts(server: ServerConnection) -> ServerFacts:
     with understanding(server):
         for key in ("pp_size", "dp_size"):
             if info[key] != 1:
-                raise UpdateRefused(f"{server.url}: {key} is {info[key]}; start it with 1, and more servers instead")
+                raise UpdateRefused(server.url, f"{key} is {info[key]}; start it with 1, and more servers instead")
         return ServerFacts(
             tensor_ranks=int(info["tp_size"]),
             expert_ranks=int(info["ep_size"]),
@@ -90,4 +87,4 @@ def understanding(server: ServerConnection) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError) as error:
-        raise UpdateRefused(f"{server.url}: not an answer of sglang 0.5.23: {error!r}") from None
+        raise UpdateRefused(server.url, f"not an answer of sglang 0.5.23: {error!r}") from None

@@ -72,14 +72,14 @@ class Session:
         with understanding(server):
             served = model["weight_version"]
         if served != self.version:
-            raise UpdateRefused(f"{server.url}: has weight version '{served}' after an update to '{self.version}'")
+            raise UpdateRefused(server.url, f"has weight version '{served}' after an update to '{self.version}'")
         facts = recipients.facts[server.url]
         if can_check(facts) and facts.tensor_ranks in checksums:
             answer = server.post("/weights_checker", {"action": "checksum"}, timeout=self.timeout)
             with understanding(server):
                 problem = difference(checksums[facts.tensor_ranks], answer["ranks"])
             if problem is not None:
-                raise UpdateRefused(f"{server.url}: {problem} as version '{self.version}'")
+                raise UpdateRefused(server.url, f"{problem} as version '{self.version}'")
 
     def _serve(self, server: ServerConnection) -> None:
         if server.url in self.released:

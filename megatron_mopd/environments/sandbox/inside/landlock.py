@@ -9,8 +9,6 @@ import ctypes
 import os
 import struct
 
-import syscalls
-
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 GET_VERSION, PATH_BENEATH = 1, 1
 EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3
@@ -25,7 +23,10 @@ def version() -> int:
 
 
 def restrict_to(readable: list[str]) -> None:
-    """Leave this process the files beneath `readable`, to be read and executed. Raises OSError."""
+    """Leave this process the files beneath `readable`, to be read and executed, for good.
+
+    It must have given up to gain privileges (PR_SET_NO_NEW_PRIVS). Raises OSError.
+    """
     known = version()
     handled = (1 << RIGHTS_BY_VERSION[min(max(known, 1), 5)]) - 1
     attributes = ctypes.create_string_buffer(struct.pack("<Q", handled), 8)
@@ -36,7 +37,6 @@ def restrict_to(readable: list[str]) -> None:
         rule = ctypes.create_string_buffer(struct.pack("<Qi", rights & handled, parent), 12)
         _call(ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(PATH_BENEATH), rule, ctypes.c_uint(0))
         os.close(parent)
-    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     _call(RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint(0))
     os.close(ruleset)
 

@@ -18,8 +18,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import landlock
-import syscalls
+import landlock  # type: ignore[import-not-found]
+import syscalls  # type: ignore[import-not-found]
 
 SNIPPET = "<snippet>"
 PR_SET_PDEATHSIG = 1
@@ -82,10 +82,10 @@ def main(arguments: list[str]) -> int:
         drop_root(settings["user"])
     end_with_parent(parent)  # after the change of user, which forgets it
     set_limits(settings["limits"])
-    syscalls.drop_capabilities()
+    syscalls.drop_privileges()
     if settings["readable"] is not None:
         landlock.restrict_to(settings["readable"])
-    syscalls.install_filter()
+    syscalls.install_filter(own_files=settings["own_files"])
     sys.path[:] = [*(path for path in sys.path[1:] if os.path.isdir(path)), *settings["packages"]]
     os.write(ready, b"1")
     os.close(ready)

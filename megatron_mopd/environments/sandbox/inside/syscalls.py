@@ -111,9 +111,37 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "modify_ldt": (154, None),
 }
 
+CHANGES: dict[str, tuple[int | None, int | None]] = {
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
+    "truncate": (76, 45),
+}
+"""What changes a file without opening it, and Landlock lets pass: refused where files are those of the machine."""
 
-def build_filter(machine: Machine, process: int) -> bytes:
-    """The BPF program, 8 bytes an instruction, for a snippet that is `process` in its own namespace."""
+
+def build_filter(machine: Machine, process: int, *, own_files: bool) -> bytes:
+    """The BPF program, 8 bytes an instruction, for a snippet that is `process` in its own namespace.
+
+    own_files: whether all files that it can write to are its own.
+    """
     column = machine.column
     program = [
         _instruction(LOAD, ARCHITECTURE),
@@ -125,7 +153,7 @@ def build_filter(machine: Machine, process: int) -> bytes:
         _instruction(JUMP_AT_LEAST, HIGHEST_KNOWN + 1, 0, 1),
         _instruction(RETURN, RET_ERRNO | errno.ENOSYS),
     ]
-    for numbers in REFUSED.values():
+    for numbers in (*REFUSED.values(), *(() if own_files else CHANGES.values())):
         number = numbers[column]
         if number is not None:
             program += _refuse(number, errno.EPERM)
@@ -156,20 +184,23 @@ def _instruction(code: int, value: int, when_true: int = 0, when_false: int = 0)
     return struct.pack("<HBBI", code, when_true, when_false, value)
 
 
-def install_filter() -> None:
-    """For this process and for good. Raises OSError where the kernel or the processor has no such filter."""
+def install_filter(*, own_files: bool) -> None:
+    """See `build_filter`; for this process and for good, after `drop_privileges`.
+
+    Raises OSError where the kernel or the processor has no such filter.
+    """
     machine = MACHINES.get(platform.machine())
     if machine is None:
         raise OSError(errno.ENOSYS, f"no system-call filter for {platform.machine()}")
-    program = build_filter(machine, os.getpid())
+    program = build_filter(machine, os.getpid(), own_files=own_files)
     text = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(text)))
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(header))
 
 
-def drop_capabilities() -> None:
-    """All of them, of this process and, as it may gain no privileges any more, of what it executes."""
+def drop_privileges() -> None:
+    """Give up all capabilities, and the right to gain any by executing a program."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
     header = ctypes.create_string_buffer(struct.pack("<Ii", CAPABILITY_VERSION_3, 0), 8)
     nothing = ctypes.create_string_buffer(24)
     libc = ctypes.CDLL(None, use_errno=True)
