@@ -106,9 +106,11 @@ def _strangers(config: RunConfig, connection: ServerConnection) -> list[str]:
         (connection, replace(fits, arch=replace(arch, num_layers=3))),
         (connection, replace(fits, arch=replace(arch, family="qwen3", num_experts=0))),
     ):
-        with pytest.raises(ConfigError) as caught:
+        try:
             check_server(server, needs)
-        told.append(str(caught.value))
+            told.append("nothing")
+        except ConfigError as error:
+            told.append(str(error))
     with pytest.raises(ServerRefused) as refused:
         replace(connection, api_key=None).post("/generate", {"input_ids": [5]})
     assert refused.value.status == 401

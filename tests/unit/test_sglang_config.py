@@ -173,13 +173,14 @@ def test_r3_needs_experts(tmp_path: Path) -> None:
         check_servers(config, parse_architecture(tiny.DENSE, "test"))
 
 
-MODEL_INFO = {"model_type": "qwen3_moe", "model_path": "/nowhere", "weight_version": "default"}
+MODEL_INFO = {"model_type": "qwen3_moe", "weight_version": "default"}
 SERVER_INFO = {
     "version": SGLANG_VERSION,
     "dtype": "float32",
     "enable_deterministic_inference": True,
     "enable_return_routed_experts": True,
     "context_length": None,
+    "model_path": "/nowhere",
 }
 WANTED = Wanted(arch=ARCH, dtype="float32", context=40, routed_experts=True, run_id="mine")
 
@@ -192,7 +193,7 @@ WANTED = Wanted(arch=ARCH, dtype="float32", context=40, routed_experts=True, run
         ({"weight_version": "other:12"}, {}, 101, "has the weights 'other:12' of another run"),
         ({"weight_version": "7"}, {}, 101, "has the weights '7' of another run"),
         ({"model_type": "llama"}, {}, 101, "serves a llama model, the student is qwen3_moe"),
-        ({"model_path": str(MODEL)}, {}, 101, "with vocab_size 114, the student has 101"),
+        ({}, {"model_path": str(MODEL)}, 101, "with vocab_size 114, the student has 101"),
         ({}, {"version": "0.4.1"}, 101, f"runs SGLang 0.4.1, this program needs {SGLANG_VERSION}"),
         ({}, {"dtype": "bfloat16"}, 101, "has dtype bfloat16, the student float32; start it with --dtype float32"),
         ({}, {"enable_deterministic_inference": False}, 101, "start it with --enable-deterministic-inference"),

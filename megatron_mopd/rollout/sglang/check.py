@@ -141,14 +141,14 @@ def _problem(model: Mapping[str, Any], info: Mapping[str, Any], wanted: Wanted) 
     context = info.get("context_length")
     if context is not None and context < wanted.context:
         return f"has --context-length {context}, prompts and responses take up to {wanted.context}; raise it"
-    return _architecture_problem(model, wanted.arch)
+    return _architecture_problem(model, info, wanted.arch)
 
 
-def _architecture_problem(model: Mapping[str, Any], arch: Architecture) -> str | None:
-    """All of the shapes where the server's model folder can be read from here, else its family."""
+def _architecture_problem(model: Mapping[str, Any], info: Mapping[str, Any], arch: Architecture) -> str | None:
+    """All of the shapes where the folder that the server was started with can be read from here, else its family."""
     if model.get("model_type") not in FAMILIES or model["model_type"] != arch.family:
         return f"serves a {model.get('model_type')} model, the student is {arch.family}; serve the student's own"
-    folder = Path(str(model.get("model_path")))
+    folder = Path(str(info.get("model_path")))
     if not (folder / "config.json").is_file():
         return None
     served = read_architecture(folder)
