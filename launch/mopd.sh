@@ -56,7 +56,7 @@ main() {
 
 # ---- the job -----------------------------------------------------------------------------------------------------
 
-STOP=''          # why Slurm wants the job to end: time-limit or preempted
+STOP=''          # why Slurm wants the job to end: time-limit, or stopped (preemption, requeue, lost node, scancel)
 ROLLOUT_ENDED='' # a server ended by itself
 SERVERS_LOST=''  # and training was asked to stop for it
 EXCLUDED=''      # bad nodes, for the next attempt
@@ -65,7 +65,7 @@ catch_signals() {
     # Handlers only set a flag and touch a file: a second signal during $(...) in a handler makes bash 5.2 fail, and
     # Slurm sends SIGCONT right after the warning. The agents on the nodes see the file and let the ranks save.
     trap 'STOP=time-limit; [[ -n ${MOPD_ATTEMPT:-} ]] && : >"$MOPD_ATTEMPT/stop"' USR1
-    trap 'STOP=${STOP:-preempted}; [[ -n ${MOPD_ATTEMPT:-} ]] && : >"$MOPD_ATTEMPT/stop"' TERM
+    trap 'STOP=${STOP:-stopped}; [[ -n ${MOPD_ATTEMPT:-} ]] && : >"$MOPD_ATTEMPT/stop"' TERM
     trap 'ROLLOUT_ENDED=1' USR2
 }
 
@@ -203,7 +203,7 @@ judge() { # complete, useless to repeat, or again
         exit 0
     fi
     local why=failed
-    if [[ -n $STOP ]]; then why=$STOP; elif ((TRAIN_CODE == 0)) && [[ -z $SERVERS_LOST ]]; then why=preempted; fi
+    if [[ -n $STOP ]]; then why=$STOP; elif ((TRAIN_CODE == 0)) && [[ -z $SERVERS_LOST ]]; then why=stopped; fi
     if [[ $why == failed ]]; then
         first_traceback
         if [[ -e $MOPD_ATTEMPT/no-restart ]]; then
