@@ -112,10 +112,7 @@ check_nodes() { # one task per node; bad nodes leave the roles, or the job is re
     ((${#HET_HOSTS[@]})) && line+=(: --het-group=1 "--nodes=${#HET_HOSTS[@]}" "--ntasks=${#HET_HOSTS[@]}" "${task_of_all[@]}" "${check[@]}")
     timeout "${PREFLIGHT_SECONDS:-600}" "${line[@]}" >"$folder/output.log" 2>&1 &
     local task=$!
-    while :; do
-        wait "$task"
-        kill -0 "$task" 2>/dev/null || break
-    done
+    while is_running "$task"; do sleep 0.5; done
     [[ -n $STOP ]] && return 1 # cut short: this says nothing about the nodes
     for host in "${ALL_HOSTS[@]}"; do
         [[ -e $folder/$host.ok ]] && continue
@@ -170,19 +167,21 @@ is_well() ( # HOST:PORT; SGLang answers /health without the key
     read -r -t 10 _ code _ <&3 && [[ $code == 200 ]]
 )
 
-wait_for_training() { # TRAIN_CODE; a role that dies takes the others with it
+is_running() { kill -0 "$1" 2>/dev/null; }
+# Polled: `wait` that a trapped signal has interrupted once may never return the second time (bash 5.2.15).
+
+wait_for_training() { # TRAIN_CODE; a role that ends by itself takes the others with it
     TRAIN_CODE=1
     [[ -n ${TRAIN_PID:-} ]] || return
-    while :; do
-        wait "$TRAIN_PID"
-        TRAIN_CODE=$?
-        kill -0 "$TRAIN_PID" 2>/dev/null || break
+    local deadline=
+    while is_running "$TRAIN_PID"; do
+        sleep 1
         if [[ -n $ROLLOUT_ENDED && -z $SERVERS_LOST ]]; then
-            SERVERS_LOST=1
+            SERVERS_LOST=1 deadline=$((SECONDS + ${ROLE_GRACE:-900}))
             : >"$MOPD_ATTEMPT/stop"
             log "a rollout server ended; the ranks are asked to save and have ${ROLE_GRACE:-900} s for it"
-            (sleep "${ROLE_GRACE:-900}"; kill -KILL "$TRAIN_PID" 2>/dev/null) &
         fi
+        [[ -n $deadline ]] && ((SECONDS > deadline)) && scancel --signal=KILL "$SLURM_JOB_ID"
     done
     wait "$TRAIN_PID"
     TRAIN_CODE=$?
@@ -190,9 +189,9 @@ wait_for_training() { # TRAIN_CODE; a role that dies takes the others with it
 
 stop_rollout() {
     [[ -n $ROLLOUT_PID ]] || return
+    local deadline=$((SECONDS + 60))
     : >"$MOPD_ATTEMPT/rollout-stop"
-    wait "$ROLLOUT_PID" 2>/dev/null
-    [[ -n $ROLLOUT_ENDED ]] || wait "$ROLLOUT_PID" 2>/dev/null
+    while is_running "$ROLLOUT_PID" && ((SECONDS < deadline)); do sleep 0.5; done
 }
 
 judge() { # complete, useless to repeat, or again

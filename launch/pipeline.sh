@@ -45,7 +45,7 @@ done
 (($#)) || fail "no FOLDER: name the folder with sft.yaml and mopd.yaml${options[0]:+ (${options[-1]} is no folder)}"
 command -v sbatch >/dev/null || fail "sbatch: not found; run this where Slurm is"
 
-plan=$("$PYTHON" -m megatron_mopd.cluster.pipeline "${baselines[@]}" "$@") || exit $?
+plan=$("${LOGIN_PYTHON:-$PYTHON}" -m megatron_mopd.cluster.pipeline "${baselines[@]}" "$@") || exit $?
 declare -A id=()
 
 submit() { # NAME KIND AFTER JOB_NAME ARGUMENT...

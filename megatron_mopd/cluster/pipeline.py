@@ -4,7 +4,8 @@ FOLDER holds one file per stage: sft.yaml, teacher_NAME.yaml or rl_NAME.yaml for
 and with --baselines those that are there of mix_rl.yaml, cascade_rl.yaml, off_policy.yaml, param_merge.yaml. Prints one
 line per job, tab-separated: name, kind, names it waits for (commas), job name, then the arguments of launch/mopd.sh.
 
-All files are loaded, and compared: a stage must start from what the stage before it writes.
+All files are loaded, checked as far as they can be without checkpoints, and compared: a stage must start from what the
+stage before it writes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mopd.config import RunConfig, load_config
+from megatron_mopd.hub import resolve_folder
 from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
@@ -120,6 +122,21 @@ def _check_start(key: str, checkpoint: str | None, other: str, before: RunConfig
         )
 
 
+def check_files(study: Sequence[Job], folder: Path, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for what can be found wrong before any checkpoint exists: data, verifiers, lengths, layouts."""
+    from megatron_mopd import preflight  # imports torch
+
+    model = resolve_folder(_load(folder / "sft.yaml", overrides).model.source, "sft.yaml: model")
+    for job in study:
+        if job.arguments[0] == "run":
+            file = Path(job.arguments[1])
+            config = _load(file, overrides)
+            try:
+                preflight.check_beforehand(config, model, config.parallel.ranks or config.parallel.default_ranks)
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the jobs; 2 after a ConfigError."""
     parser = argparse.ArgumentParser(prog="pipeline", allow_abbrev=False)
@@ -130,11 +147,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not arguments.folder.is_dir():
             raise ConfigError(f"{arguments.folder}: no such folder; name the one with sft.yaml and mopd.yaml")
-        for job in jobs(arguments.folder, arguments.overrides, baselines=arguments.baselines):
-            print(job.line())
+        study = jobs(arguments.folder, arguments.overrides, baselines=arguments.baselines)
+        check_files(study, arguments.folder, arguments.overrides)
     except ConfigError as error:
         print(f"mopd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG
+    for job in study:
+        print(job.line())
     return 0
 
 
