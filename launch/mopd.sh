@@ -91,11 +91,18 @@ run_job() {
 }
 
 describe_in_job() { # FACTS, RUN_DIR: asked on the job's first node, where the program's Python is
-    local text
+    local text code try
     describe_arguments
-    text=$(srun --nodes=1 --ntasks=1 --nodelist="${ALL_HOSTS[0]}" "${HET_FIRST[@]}" --overlap "${CONTAINER[@]}" \
-        "$PYTHON" -m megatron_mopd.cluster.describe "${DESCRIBE[@]}") || return 1
-    read_facts "$text"
+    for try in 1 2 3; do
+        text=$(srun --nodes=1 --ntasks=1 --nodelist="${ALL_HOSTS[0]}" "${HET_FIRST[@]}" --overlap "${CONTAINER[@]}" \
+            "$PYTHON" -m megatron_mopd.cluster.describe "${DESCRIBE[@]}")
+        code=$?
+        ((code == 0)) && read_facts "$text" && return
+        ((code == 2)) && return 1 # a mistake of the user's, which has been told
+        log "srun failed with exit code $code on ${ALL_HOSTS[0]} (try $try of 3)"
+        sleep 10
+    done
+    return 1
 }
 
 check_nodes() { # one task per node; bad nodes leave the roles, or the job is requeued without them

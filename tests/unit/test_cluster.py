@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -100,7 +101,7 @@ def test_a_checkpoint_needs_room(config: Path, tmp_path: Path, monkeypatch: pyte
     from tests.tiny import write_model
 
     arch = write_model(tmp_path / "student")
-    parameters = sum(int(np_prod(tensor.shape)) for tensor in model_tensors(read_architecture(tmp_path / "student")))
+    parameters = sum(math.prod(tensor.shape) for tensor in model_tensors(read_architecture(tmp_path / "student")))
     assert arch.vocab_size == 101
     needed = 3 * parameters * (12 + 2 * 4)  # keep_last 2 and the one being written; fp32
     monkeypatch.setattr(describe, "free_bytes", lambda folder: needed)
@@ -108,13 +109,6 @@ def test_a_checkpoint_needs_room(config: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(describe, "free_bytes", lambda folder: needed - 1)
     with pytest.raises(ConfigError, match=r"run_dir: .* GB free; 3 checkpoints"):
         describe._check_space(load_config(config))
-
-
-def np_prod(shape: tuple[int, ...]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def test_the_chain_of_the_tiny_study() -> None:
