@@ -2,7 +2,8 @@
 
 FOLDER holds one file per stage: sft.yaml, teacher_NAME.yaml or rl_NAME.yaml for every teacher of mopd.yaml, mopd.yaml,
 and with --baselines those that are there of mix_rl.yaml, cascade_rl.yaml, off_policy.yaml, param_merge.yaml. Prints one
-line per job, tab-separated: name, kind, names it waits for (commas), job name, then the arguments of launch/mopd.sh.
+line per job, tab-separated: name, kind, names it waits for (commas; - for none), job name, `servers` if nodes for
+rollout servers are of use to it (else -), then the arguments of launch/mopd.sh.
 
 All files are loaded, checked as far as they can be without checkpoints, and compared: a stage must start from what the
 stage before it writes.
@@ -35,10 +36,13 @@ class Job:
     """The run's."""
     arguments: tuple[str, ...]
     """Of launch/mopd.sh."""
+    servers: bool = False
+    """Whether nodes for rollout servers are of use to it."""
 
     def line(self) -> str:
         job_name = Path(self.folder).name + ("" if self.arguments[0] == "run" else f"-{self.arguments[0]}")
-        return "\t".join([self.name, self.kind, ",".join(self.after), job_name, *self.arguments])
+        servers = "servers" if self.servers else "-"
+        return "\t".join([self.name, self.kind, ",".join(self.after) or "-", job_name, servers, *self.arguments])
 
 
 def jobs(folder: Path, overrides: Sequence[str], *, baselines: bool) -> list[Job]:
@@ -97,7 +101,9 @@ def _with_eval(job: Job, overrides: Sequence[str]) -> list[Job]:
 
 
 def _run(name: str, kind: str, after: tuple[str, ...], file: Path, config: RunConfig, overrides: Sequence[str]) -> Job:
-    return Job(name=name, kind=kind, after=after, folder=config.run_dir, arguments=("run", str(file), *overrides))
+    servers = config.rollout.sglang is not None and config.rollout.sglang.launch is not None
+    arguments = ("run", str(file), *overrides)
+    return Job(name=name, kind=kind, after=after, folder=config.run_dir, arguments=arguments, servers=servers)
 
 
 def _load(file: Path, overrides: Sequence[str]) -> RunConfig:
