@@ -35,7 +35,7 @@ test: $(STAMP)  ## Run all tests
 
 test-slurm: $(STAMP)  ## Test launch/ on a real Slurm, which is installed (root, apt) and started for it
 	@bash tests/slurm/install.sh || echo "Slurm could not be installed: its tests are skipped"
-	@$(BIN)/python -m pytest -q -rs tests/slurm
+	@$(BIN)/python -m pytest -q -rs -o faulthandler_timeout=1800 tests/slurm
 
 demo-sglang: $(STAMP) $(SGLANG_STAMP)  ## The demo, its student sampled by two SGLang servers (starts and stops them)
 	@$(BIN)/mopd demo --config-dir configs/tiny --student mopd_sglang

@@ -62,7 +62,7 @@ latest_step() { # of the newest complete checkpoint; 0: none
     [[ $target =~ ^[0-9]+$ ]] && echo "$((10#$target))" || echo 0
 }
 
-end_attempt() { # REASON: complete | failed | nodes | time-limit | preempted | no-restart
+end_attempt() { # REASON: complete | failed | nodes | time-limit | stopped | no-restart
     printf '%s %s %s %s\n' "$1" "$SLURM_JOB_ID" "$STEP_BEFORE" "$(latest_step)" >"$MOPD_ATTEMPT/end"
 }
 
@@ -77,7 +77,7 @@ stalled_attempts() { # of this job, how many of the last ended by themselves wit
         [[ -s $LOGS/attempt_$number/end ]] || continue # killed with the node or requeued from outside: not the run's fault
         read -r reason job before after <"$LOGS/attempt_$number/end"
         [[ $job == "$SLURM_JOB_ID" ]] || break
-        [[ $reason == preempted ]] && continue
+        [[ $reason == stopped ]] && continue
         ((after > before)) && break
         count=$((count + 1))
     done
@@ -116,23 +116,18 @@ exclude_nodes() { # the requeued job is pending: from now on it may be changed
     log "$EXCLUDED could not be excluded; submit again with --exclude=$EXCLUDED"
 }
 
-first_traceback() { # of the rank that failed first: its peers' complaints about a lost connection come later
-    local file chosen='' text
+first_traceback() { # of the rank that failed first; its peers' complaints about a lost connection say nothing
+    # shellcheck disable=SC2016
+    local file text start='/^\(\[rank[0-9]*\]: \)\{0,1\}Traceback (most recent call last)/,$p' # torch adds the rank
     while IFS= read -r file; do
         [[ -n $file ]] || continue
-        text=$(sed -n '/^Traceback (most recent call last)/,$p' "$file" | tail -n 60)
-        [[ -n $text ]] || text=$(grep -h '^mopd: error:' "$file" | head -n1)
-        [[ -n $text ]] || continue
-        [[ -n $chosen ]] || chosen=$file
-        if ! grep -qiE 'nccl|gloo|connection (closed|reset)|DistBackendError|broken pipe' <<<"$text"; then
-            chosen=$file
-            break
-        fi
-    done < <(ls -tr "$MOPD_ATTEMPT"/rank*.log 2>/dev/null)
-    if [[ -z $chosen ]]; then
-        log "no rank left a traceback; the ends of $MOPD_ATTEMPT/*.log say more"
+        text=$(sed -n "$start" "$file")
+        [[ -n $text ]] || text=$(grep -h '^mopd: error:' "$file")
+        [[ -z $text ]] && continue
+        grep -qiE 'nccl|gloo|connection (closed|reset)|DistBackendError|broken pipe' <<<"$text" && continue
+        log "first failure: $file"
+        tail -n 40 <<<"$text"
         return
-    fi
-    log "first failure: $chosen"
-    { sed -n '/^Traceback (most recent call last)/,$p' "$chosen"; grep -h '^mopd: error:' "$chosen"; } | tail -n 40
+    done < <(ls -tr "$MOPD_ATTEMPT"/rank*.log 2>/dev/null)
+    log "no rank left a traceback of its own; the ends of $MOPD_ATTEMPT/*.log say more"
 }

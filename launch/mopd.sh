@@ -56,7 +56,7 @@ main() {
 
 # ---- the job -----------------------------------------------------------------------------------------------------
 
-STOP=''          # why Slurm wants the job to end: time-limit or preempted
+STOP=''          # why Slurm wants the job to end: time-limit, or stopped (preemption, requeue, lost node, scancel)
 ROLLOUT_ENDED='' # a server ended by itself
 SERVERS_LOST=''  # and training was asked to stop for it
 EXCLUDED=''      # bad nodes, for the next attempt
@@ -65,7 +65,7 @@ catch_signals() {
     # Handlers only set a flag and touch a file: a second signal during $(...) in a handler makes bash 5.2 fail, and
     # Slurm sends SIGCONT right after the warning. The agents on the nodes see the file and let the ranks save.
     trap 'STOP=time-limit; [[ -n ${MOPD_ATTEMPT:-} ]] && : >"$MOPD_ATTEMPT/stop"' USR1
-    trap 'STOP=${STOP:-preempted}; [[ -n ${MOPD_ATTEMPT:-} ]] && : >"$MOPD_ATTEMPT/stop"' TERM
+    trap 'STOP=${STOP:-stopped}; [[ -n ${MOPD_ATTEMPT:-} ]] && : >"$MOPD_ATTEMPT/stop"' TERM
     trap 'ROLLOUT_ENDED=1' USR2
 }
 
@@ -91,11 +91,18 @@ run_job() {
 }
 
 describe_in_job() { # FACTS, RUN_DIR: asked on the job's first node, where the program's Python is
-    local text
+    local text code try
     describe_arguments
-    text=$(srun --nodes=1 --ntasks=1 --nodelist="${ALL_HOSTS[0]}" "${HET_FIRST[@]}" --overlap "${CONTAINER[@]}" \
-        "$PYTHON" -m megatron_mopd.cluster.describe "${DESCRIBE[@]}") || return 1
-    read_facts "$text"
+    for try in 1 2 3; do
+        text=$(srun --nodes=1 --ntasks=1 --nodelist="${ALL_HOSTS[0]}" "${HET_FIRST[@]}" --overlap "${CONTAINER[@]}" \
+            "$PYTHON" -m megatron_mopd.cluster.describe "${DESCRIBE[@]}")
+        code=$?
+        ((code == 0)) && read_facts "$text" && return
+        ((code == 2)) && return 1 # a mistake of the user's, which has been told
+        log "srun failed with exit code $code on ${ALL_HOSTS[0]} (try $try of 3)"
+        sleep 10
+    done
+    return 1
 }
 
 check_nodes() { # one task per node; bad nodes leave the roles, or the job is requeued without them
@@ -112,10 +119,7 @@ check_nodes() { # one task per node; bad nodes leave the roles, or the job is re
     ((${#HET_HOSTS[@]})) && line+=(: --het-group=1 "--nodes=${#HET_HOSTS[@]}" "--ntasks=${#HET_HOSTS[@]}" "${task_of_all[@]}" "${check[@]}")
     timeout "${PREFLIGHT_SECONDS:-600}" "${line[@]}" >"$folder/output.log" 2>&1 &
     local task=$!
-    while :; do
-        wait "$task"
-        kill -0 "$task" 2>/dev/null || break
-    done
+    while is_running "$task"; do sleep 0.5; done
     [[ -n $STOP ]] && return 1 # cut short: this says nothing about the nodes
     for host in "${ALL_HOSTS[@]}"; do
         [[ -e $folder/$host.ok ]] && continue
@@ -170,19 +174,21 @@ is_well() ( # HOST:PORT; SGLang answers /health without the key
     read -r -t 10 _ code _ <&3 && [[ $code == 200 ]]
 )
 
-wait_for_training() { # TRAIN_CODE; a role that dies takes the others with it
+is_running() { kill -0 "$1" 2>/dev/null; }
+# Polled: `wait` that a trapped signal has interrupted once may never return the second time (bash 5.2.15).
+
+wait_for_training() { # TRAIN_CODE; a role that ends by itself takes the others with it
     TRAIN_CODE=1
     [[ -n ${TRAIN_PID:-} ]] || return
-    while :; do
-        wait "$TRAIN_PID"
-        TRAIN_CODE=$?
-        kill -0 "$TRAIN_PID" 2>/dev/null || break
+    local deadline=
+    while is_running "$TRAIN_PID"; do
+        sleep 1
         if [[ -n $ROLLOUT_ENDED && -z $SERVERS_LOST ]]; then
-            SERVERS_LOST=1
+            SERVERS_LOST=1 deadline=$((SECONDS + ${ROLE_GRACE:-900}))
             : >"$MOPD_ATTEMPT/stop"
             log "a rollout server ended; the ranks are asked to save and have ${ROLE_GRACE:-900} s for it"
-            (sleep "${ROLE_GRACE:-900}"; kill -KILL "$TRAIN_PID" 2>/dev/null) &
         fi
+        [[ -n $deadline ]] && ((SECONDS > deadline)) && scancel --signal=KILL "$SLURM_JOB_ID"
     done
     wait "$TRAIN_PID"
     TRAIN_CODE=$?
@@ -190,9 +196,9 @@ wait_for_training() { # TRAIN_CODE; a role that dies takes the others with it
 
 stop_rollout() {
     [[ -n $ROLLOUT_PID ]] || return
+    local deadline=$((SECONDS + 60))
     : >"$MOPD_ATTEMPT/rollout-stop"
-    wait "$ROLLOUT_PID" 2>/dev/null
-    [[ -n $ROLLOUT_ENDED ]] || wait "$ROLLOUT_PID" 2>/dev/null
+    while is_running "$ROLLOUT_PID" && ((SECONDS < deadline)); do sleep 0.5; done
 }
 
 judge() { # complete, useless to repeat, or again
@@ -203,7 +209,7 @@ judge() { # complete, useless to repeat, or again
         exit 0
     fi
     local why=failed
-    if [[ -n $STOP ]]; then why=$STOP; elif ((TRAIN_CODE == 0)) && [[ -z $SERVERS_LOST ]]; then why=preempted; fi
+    if [[ -n $STOP ]]; then why=$STOP; elif ((TRAIN_CODE == 0)) && [[ -z $SERVERS_LOST ]]; then why=stopped; fi
     if [[ $why == failed ]]; then
         first_traceback
         if [[ -e $MOPD_ATTEMPT/no-restart ]]; then

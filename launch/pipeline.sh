@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Submits a whole study as a chain of jobs: SFT -> one RL job per teacher -> MOPD -> evaluation.
 #
-#   launch/pipeline.sh [--dry-run] [--baselines] [--ranks-per-node N] [SBATCH OPTIONS] FOLDER [key.path=value ...]
+#   launch/pipeline.sh [--dry-run] [--baselines] [--ranks-per-node N] [--rollout-nodes N] [--spare-nodes N] [SBATCH OPTIONS] \
+#                      FOLDER [key.path=value ...]
 #
 # FOLDER holds sft.yaml, mopd.yaml and teacher_NAME.yaml (or rl_NAME.yaml) for every teacher that mopd.yaml names; with
 # --baselines also those of mix_rl, cascade_rl, off_policy, param_merge that are there. A job starts when those before
@@ -24,14 +25,14 @@ fail() {
     exit 2
 }
 
-dry='' baselines=() options=() own=()
+dry='' baselines=() options=() own=() servers=()
 while (($#)); do
     case $1 in
         --dry-run) dry=1 ;;
         --baselines) baselines=(--baselines) ;;
-        --ranks-per-node | --rollout-nodes | --spare-nodes)
+        --ranks-per-node | --spare-nodes | --rollout-nodes)
             (($# > 1)) || fail "$1: needs a number"
-            own+=("$1=$2")
+            if [[ $1 == --rollout-nodes ]]; then servers=("$1=$2"); else own+=("$1=$2"); fi
             shift
             ;;
         -h | --help) sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
@@ -45,12 +46,12 @@ done
 (($#)) || fail "no FOLDER: name the folder with sft.yaml and mopd.yaml${options[0]:+ (${options[-1]} is no folder)}"
 command -v sbatch >/dev/null || fail "sbatch: not found; run this where Slurm is"
 
-plan=$("$PYTHON" -m megatron_mopd.cluster.pipeline "${baselines[@]}" "$@") || exit $?
+plan=$("${LOGIN_PYTHON:-$PYTHON}" -m megatron_mopd.cluster.pipeline "${baselines[@]}" "$@") || exit $?
 declare -A id=()
 
-submit() { # NAME KIND AFTER JOB_NAME ARGUMENT...
-    local name=$1 kind=$2 after=$3 job_name=$4 dependency=singleton parent line
-    shift 4
+submit() { # NAME KIND AFTER JOB_NAME SERVERS ARGUMENT...
+    local name=$1 kind=$2 after=${3#-} job_name=$4 served=$5 dependency=singleton parent line
+    shift 5
     local -n special=OPTIONS_$kind
     for parent in ${after//,/ }; do dependency+=",afterok:${id[$parent]}"; done
     line=(sbatch --parsable "--job-name=$job_name" "--dependency=$dependency" --kill-on-invalid-dep=yes "${SBATCH_OPTIONS[@]}" "${options[@]}")
@@ -58,7 +59,9 @@ submit() { # NAME KIND AFTER JOB_NAME ARGUMENT...
     if [[ $kind == merge ]]; then # one process
         line+=(--nodes=1 "$MOPD_ROOT/launch/mopd.sh" --ranks-per-node=1 "$@")
     else
-        line+=("$MOPD_ROOT/launch/mopd.sh" "${own[@]}" "$@")
+        line+=("$MOPD_ROOT/launch/mopd.sh" "${own[@]}")
+        [[ $served == servers ]] && line+=("${servers[@]}") # only where the file says what a server is
+        line+=("$@")
     fi
     if [[ -n $dry ]]; then
         id[$name]="<$name>"
@@ -78,8 +81,4 @@ cancel() { # a chain is submitted whole or not at all
     return 0
 }
 
-while IFS=$'\t' read -r -a job; do
-    # An empty third field is lost on read: no job but the first has nothing to wait for.
-    [[ ${job[0]} == sft ]] && job=("${job[0]}" "${job[1]}" "" "${job[@]:2}")
-    submit "${job[@]}"
-done <<<"$plan"
+while IFS=$'\t' read -r -a job; do submit "${job[@]}"; done <<<"$plan"

@@ -10,14 +10,14 @@ submit() {
     describe_arguments
     local text shared=() name
     [[ ${MOPD_SHARED_STORAGE:-} == yes ]] && shared=(--shared)
-    text=$("$PYTHON" -m megatron_mopd.cluster.describe "${DESCRIBE[@]}") || exit 2 # quick: keys, shapes
+    text=$("${LOGIN_PYTHON:-$PYTHON}" -m megatron_mopd.cluster.describe "${DESCRIBE[@]}") || exit 2 # quick: keys, shapes
     read_facts "$text"
     name=$(basename "$RUN_DIR")
     [[ $COMMAND == run ]] || name=$name-$COMMAND
     SBATCH_LINE=(sbatch "--job-name=$name" "--dependency=$(dependency)" --kill-on-invalid-dep=yes "${SBATCH_GIVEN[@]}"
         "$MOPD_ROOT/launch/mopd.sh" "${OWN_OPTIONS[@]}" "$COMMAND" "$CONFIG" "${ARGUMENTS[@]}")
     test_only || exit 2
-    "$PYTHON" -m megatron_mopd.cluster.describe --full "${shared[@]}" "${DESCRIBE[@]}" >/dev/null || exit 2 # files, space
+    "${LOGIN_PYTHON:-$PYTHON}" -m megatron_mopd.cluster.describe --full "${shared[@]}" "${DESCRIBE[@]}" >/dev/null || exit 2 # files, space
     if [[ -n $DRY_RUN ]]; then
         print_plan
     else
@@ -60,12 +60,12 @@ test_only() { # Slurm's own opinion, and the nodes that it would give: HOSTS
         fail "Slurm refuses the job: $(grep -v '^$' <<<"$answer" | tail -n1)"
         return 1
     fi
-    mapfile -t PARTS < <(sed -n 's/.* on nodes \([^ ]*\) in partition.*/\1/p' <<<"$answer")
-    if ((${#PARTS[@]})); then
-        mapfile -t HOSTS < <(scontrol show hostnames "${PARTS[0]}")
-        [[ ${#HET_HOSTS[@]} -gt 0 && ${#PARTS[@]} -gt 1 ]] && mapfile -t HET_HOSTS < <(scontrol show hostnames "${PARTS[1]}")
-    fi
-    if ((${#HOSTS[@]} != NODES)); then mapfile -t HOSTS < <(seq -f 'node%g' 0 $((NODES - 1))); fi
+    # "... on nodes node[1-2] in partition batch"; of a het job "... on node[1-3]", its parts one after the other.
+    mapfile -t HOSTS < <(scontrol show hostnames "$(sed -n 's/.* processors on \(nodes \)\{0,1\}\([^ ]*\).*/\2/p' <<<"$answer" | head -n1)" 2>/dev/null)
+    local serving=${#HET_HOSTS[@]} i
+    ((${#HOSTS[@]} == NODES + serving)) || mapfile -t HOSTS < <(seq -f 'node%g' 0 $((NODES + serving - 1)))
+    for ((i = 0; i < serving; i++)); do HET_HOSTS[i]=${HOSTS[NODES + i]}; done
+    HOSTS=("${HOSTS[@]:0:NODES}")
 }
 
 print_plan() {

@@ -9,6 +9,7 @@ and exit code 2, as from `mopd`. Imports torch only with --full.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def _check_files(config: RunConfig, shape: Shape, command: str) -> None:
 
     if command == "run":
         preflight.check(config, shape.world)
-    _check_space(config)
+        _check_space(config)
 
 
 def _check_space(config: RunConfig) -> None:
@@ -123,12 +124,7 @@ def _check_space(config: RunConfig) -> None:
     from megatron_mopd.student.weight_table import model_tensors
 
     arch = read_architecture(resolve_folder(config.model.source, "model"))
-    parameters = 0
-    for tensor in model_tensors(arch):
-        elements = 1
-        for length in tensor.shape:
-            elements *= length
-        parameters += elements
+    parameters = sum(math.prod(tensor.shape) for tensor in model_tensors(arch))
     weight_bytes = 4 if config.model.dtype == "float32" else 2
     # In the state and as safetensors; while one is written, the older ones are still there.
     one = parameters * (TRAINING_STATE_BYTES + 2 * weight_bytes)

@@ -2,9 +2,11 @@
 
 FOLDER holds one file per stage: sft.yaml, teacher_NAME.yaml or rl_NAME.yaml for every teacher of mopd.yaml, mopd.yaml,
 and with --baselines those that are there of mix_rl.yaml, cascade_rl.yaml, off_policy.yaml, param_merge.yaml. Prints one
-line per job, tab-separated: name, kind, names it waits for (commas), job name, then the arguments of launch/mopd.sh.
+line per job, tab-separated: name, kind, names it waits for (commas; - for none), job name, `servers` if nodes for
+rollout servers are of use to it (else -), then the arguments of launch/mopd.sh.
 
-All files are loaded, and compared: a stage must start from what the stage before it writes.
+All files are loaded, checked as far as they can be without checkpoints, and compared: a stage must start from what the
+stage before it writes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mopd.config import RunConfig, load_config
+from megatron_mopd.hub import resolve_folder
 from megatron_mopd.merge.config import load_merge_config
 from megatron_mopd.rank_process import EXIT_CONFIG
 from megatron_mopd.yaml_config import ConfigError
@@ -33,10 +36,13 @@ class Job:
     """The run's."""
     arguments: tuple[str, ...]
     """Of launch/mopd.sh."""
+    servers: bool = False
+    """Whether nodes for rollout servers are of use to it."""
 
     def line(self) -> str:
         job_name = Path(self.folder).name + ("" if self.arguments[0] == "run" else f"-{self.arguments[0]}")
-        return "\t".join([self.name, self.kind, ",".join(self.after), job_name, *self.arguments])
+        servers = "servers" if self.servers else "-"
+        return "\t".join([self.name, self.kind, ",".join(self.after) or "-", job_name, servers, *self.arguments])
 
 
 def jobs(folder: Path, overrides: Sequence[str], *, baselines: bool) -> list[Job]:
@@ -95,7 +101,9 @@ def _with_eval(job: Job, overrides: Sequence[str]) -> list[Job]:
 
 
 def _run(name: str, kind: str, after: tuple[str, ...], file: Path, config: RunConfig, overrides: Sequence[str]) -> Job:
-    return Job(name=name, kind=kind, after=after, folder=config.run_dir, arguments=("run", str(file), *overrides))
+    servers = config.rollout.sglang is not None and config.rollout.sglang.launch is not None
+    arguments = ("run", str(file), *overrides)
+    return Job(name=name, kind=kind, after=after, folder=config.run_dir, arguments=arguments, servers=servers)
 
 
 def _load(file: Path, overrides: Sequence[str]) -> RunConfig:
@@ -120,6 +128,21 @@ def _check_start(key: str, checkpoint: str | None, other: str, before: RunConfig
         )
 
 
+def check_files(study: Sequence[Job], folder: Path, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for what can be found wrong before any checkpoint exists: data, verifiers, lengths, layouts."""
+    from megatron_mopd import preflight  # imports torch
+
+    model = resolve_folder(_load(folder / "sft.yaml", overrides).model.source, "sft.yaml: model")
+    for job in study:
+        if job.arguments[0] == "run":
+            file = Path(job.arguments[1])
+            config = _load(file, overrides)
+            try:
+                preflight.check_beforehand(config, model, config.parallel.ranks or config.parallel.default_ranks)
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the jobs; 2 after a ConfigError."""
     parser = argparse.ArgumentParser(prog="pipeline", allow_abbrev=False)
@@ -130,11 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not arguments.folder.is_dir():
             raise ConfigError(f"{arguments.folder}: no such folder; name the one with sft.yaml and mopd.yaml")
-        for job in jobs(arguments.folder, arguments.overrides, baselines=arguments.baselines):
-            print(job.line())
+        study = jobs(arguments.folder, arguments.overrides, baselines=arguments.baselines)
+        check_files(study, arguments.folder, arguments.overrides)
     except ConfigError as error:
         print(f"mopd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG
+    for job in study:
+        print(job.line())
     return 0
 
 

@@ -207,6 +207,10 @@ class Cluster:
         """Start the slurmd of `name`."""
         self._daemon(name, "slurmd", "-N", name, "-f", str(self.conf))
 
+    def kill_node(self, name: str) -> None:
+        """End the slurmd of `name` as a crash of the node would; Slurm can no longer reach what runs there."""
+        os.kill(int((self.folder / "run" / f"slurmd.{name}.pid").read_text()), signal.SIGKILL)
+
     def _daemon(self, host: str, *command: str) -> None:
         subprocess.run(self._on(host, command), check=True, env=self._clean_environment() | self._path())
 

@@ -51,3 +51,14 @@ def test_a_run_folder_that_only_this_machine_sees(cluster: Cluster, project: Pro
     assert done.returncode == 2
     assert "run_dir: /tmp/mopd-nowhere/run is on this machine only" in done.stdout
     assert cluster.run("squeue", "-h") == ""
+
+
+def test_containers_only_where_one_is_set(cluster: Cluster, project: Project, tmp_path: Path) -> None:
+    config = project.write("container", project.tree(tmp_path / "run"))
+    env = {"CONTAINER_IMAGE": "/images/mopd.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
+    lines = cluster.run(MOPD, "--dry-run", *TWO, str(config), env=env).splitlines()
+    assert "--container-image=/images/mopd.sqsh" in lines[-1]
+    assert ",/data:/data" in lines[-1].replace("\\", "")
+    assert "container" not in cluster.run(MOPD, "--dry-run", *TWO, str(config)).splitlines()[-1].replace(
+        str(config), ""
+    )

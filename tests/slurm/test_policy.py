@@ -11,7 +11,15 @@ from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import MOPD, SECONDS, Project, finish, output_of, reasons, sbatch
 
 COMPLETE = 'echo 12 >"$(dirname "$(dirname "$MOPD_ATTEMPT")")/DONE"\n'
-CRASH = "printf 'Traceback (most recent call last):\\n  line\\nValueError: rank %s is tired\\n' \"$RANK\"; exit 7\n"
+CRASH = """\
+printf '[rank%s]: Traceback (most recent call last):\\n' "$RANK"
+if ((RANK)); then
+    printf '[rank1]: ValueError: rank 1 is tired\\n'
+    exit 7
+fi
+printf '[rank0]: RuntimeError: [gloo] Connection closed by peer\\n'
+sleep 60
+"""
 
 
 def submit(cluster: Cluster, config: Path, env: dict[str, str], *options: str, own: tuple[str, ...] = ()) -> str:
@@ -21,12 +29,13 @@ def submit(cluster: Cluster, config: Path, env: dict[str, str], *options: str, o
 def test_no_restart_without_progress(cluster: Cluster, project: Project, tmp_path: Path, stub: dict[str, str]) -> None:
     config = project.write("crash", project.tree(tmp_path / "run", parallel={}))
     (tmp_path / "rank.sh").write_text(CRASH)
-    job = submit(cluster, config, stub | {"MAX_STALLED": "2"}, "-N1")
+    job = submit(cluster, config, stub | {"MAX_STALLED": "2"}, "-N1", own=("--ranks-per-node=2",))
     assert finish(cluster, job) == "FAILED"
     assert cluster.job_field(job, "ExitCode") == "93:0"
     assert reasons(tmp_path / "run") == ["failed", "failed"]
     output = output_of(cluster, job)
-    assert "ValueError: rank 0 is tired" in output
+    assert "first failure: " in output
+    assert output.count("[rank1]: ValueError: rank 1 is tired") == 2
     assert "not started again: 2 attempts without a new checkpoint" in output
 
 

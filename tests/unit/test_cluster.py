@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -49,6 +51,14 @@ def test_shapes_that_do_not_fit(
         assert part in line
 
 
+def test_servers_are_started_only_where_the_file_says_how(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "3", "--ranks-per-node", "1", "--rollout-nodes", "1", "run", str(config)]
+    line = refused(capsys, *options, "rollout.engine=sglang", "rollout.sglang.urls=[http://a:1]")
+    assert "rollout.sglang: has urls of servers that run already" in line
+    assert describe.main([*options, "rollout.engine=sglang", "rollout.sglang.launch.servers=4"]) == 0
+    assert "servers=4" in capsys.readouterr().out.splitlines()
+
+
 def test_layout_is_checked_for_the_jobs_world(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["--nodes", "3", "--ranks-per-node", "1"]
     line = refused(capsys, *shape, "run", str(config), "parallel.ranks=null", "parallel.tensor=2")
@@ -65,8 +75,7 @@ def test_facts(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "run_dir": str(tmp_path / "run"),
         "steps": "9",
         "complete": "0",
-        "engine": "in_process",
-        "model": "",
+        "servers": "0",
         "world": "2",
     }
 
@@ -92,7 +101,7 @@ def test_a_checkpoint_needs_room(config: Path, tmp_path: Path, monkeypatch: pyte
     from tests.tiny import write_model
 
     arch = write_model(tmp_path / "student")
-    parameters = sum(int(np_prod(tensor.shape)) for tensor in model_tensors(read_architecture(tmp_path / "student")))
+    parameters = sum(math.prod(tensor.shape) for tensor in model_tensors(read_architecture(tmp_path / "student")))
     assert arch.vocab_size == 101
     needed = 3 * parameters * (12 + 2 * 4)  # keep_last 2 and the one being written; fp32
     monkeypatch.setattr(describe, "free_bytes", lambda folder: needed)
@@ -100,13 +109,6 @@ def test_a_checkpoint_needs_room(config: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(describe, "free_bytes", lambda folder: needed - 1)
     with pytest.raises(ConfigError, match=r"run_dir: .* GB free; 3 checkpoints"):
         describe._check_space(load_config(config))
-
-
-def np_prod(shape: tuple[int, ...]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def test_the_chain_of_the_tiny_study() -> None:
@@ -134,6 +136,10 @@ def test_the_chain_of_the_tiny_study() -> None:
 def test_a_chain_whose_stages_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in (ROOT / "configs" / "tiny").glob("*.yaml"):
         (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "sft.yaml").write_text((tmp_path / "sft.yaml").read_text().replace("chain_sum", "chain_summ"))
+    assert pipeline.main([str(tmp_path)]) == 2
+    assert f"{tmp_path / 'sft.yaml'}: " in (line := capsys.readouterr().err)
+    assert "chain_summ" in line
     tree = yaml.safe_load((tmp_path / "rl_sort.yaml").read_text())
     (tmp_path / "rl_sort.yaml").write_text(yaml.safe_dump(tree | {"run_dir": "runs/elsewhere"}))
     assert pipeline.main([str(tmp_path)]) == 2
@@ -218,6 +224,20 @@ def test_the_agent_passes_a_stop_on_and_marks_mistakes(tmp_path: Path) -> None:
     assert process.returncode == 93, errors
     assert "rank 0 on" in errors
     assert "exit code 2" in (tmp_path / "no-restart").read_text()
+
+
+def test_local_restarts_stop_without_progress(config: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\n[[ $2 == megatron_mopd ]] && echo "called: ${*:3}" && exit 7\nexec "$REAL_PYTHON" "$@"\n'
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "REAL_PYTHON": sys.executable, "MAX_STALLED": "2"}
+    command = [str(ROOT / "launch" / "local.sh"), str(config), "optim.betas=[0.9, 0.99]"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 93, done.stderr
+    assert done.stdout.count(f"called: run {config} optim.betas=[0.9, 0.99]\n") == 2
+    assert "not started again: 2 attempts without a new checkpoint" in done.stdout
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
