@@ -36,7 +36,7 @@ def world_on_paper(parallel: ParallelSpec, size: int, rank: int = 0) -> Iterator
     cpu.install()
     current_device = torch.cuda.current_device
     try:
-        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())  # type: ignore[no-untyped-call]
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         parallel_state.initialize_model_parallel(
             parallel.tensor,
             parallel.pipeline,

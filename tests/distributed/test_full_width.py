@@ -19,5 +19,5 @@ def test_conversion_there_and_back_is_exact_and_streams(tmp_path: Path) -> None:
     assert content_hash(tmp_path / "in") == content_hash(tmp_path / "out")
     for memory in ranks:
         assert 90 * MEGABYTE < memory.shard < 110 * MEGABYTE
-        # 40 to 55 of this is one tensor whole, the rest the allocator's and gloo's. Mapped files alone would be 100 more.
+        # 40 to 55 of this is one tensor whole, the rest the allocator's and gloo's. Mapped files alone would add 100.
         assert memory.peak < memory.shard + 180 * MEGABYTE

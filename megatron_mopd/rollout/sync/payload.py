@@ -47,7 +47,7 @@ class _Pickler(pickle._Pickler):
     not know, and its scheduler ends with an unpickling error."""
 
     def _save_function(self, function: Any, name: str | None = None) -> None:
-        if function is torch.storage._load_from_bytes:  # type: ignore[attr-defined]
+        if function is torch.storage._load_from_bytes:
             self.save("torch.storage")  # type: ignore[attr-defined]
             self.save("_load_from_bytes")  # type: ignore[attr-defined]
             self.write(pickle.STACK_GLOBAL)  # type: ignore[attr-defined]
@@ -55,4 +55,4 @@ class _Pickler(pickle._Pickler):
         else:
             self.save_global(function, name)  # type: ignore[attr-defined]
 
-    dispatch = pickle._Pickler.dispatch | {FunctionType: _save_function}
+    dispatch = pickle._Pickler.dispatch | {FunctionType: _save_function}  # type: ignore[assignment]
