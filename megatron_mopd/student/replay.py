@@ -108,9 +108,11 @@ class ReplayPass:
     def counts(self) -> Tensor:
         """[3, domains] fp64 over this rank's tokens and layers, padding left out: how many pairs of a token and a
         layer there were, how many of them were left to the router, and for how many it would have chosen otherwise."""
-        found = [counts for layers in self._counts for counts in layers.values()]
-        zeros = torch.zeros(3, self._replay.num_domains, dtype=torch.float64, device=self._replay.world.device)
-        return torch.stack(found).sum(0)[:, :-1] if found else zeros
+        device, domains = self._replay.world.device, self._replay.num_domains
+        total = torch.zeros(3, domains + 1, dtype=torch.float64, device=device)
+        for layers in self._counts:
+            total += sum(layers.values())
+        return total[:, :-1].contiguous()  # it is about to be reduced over the ranks
 
 
 class _Replayed:

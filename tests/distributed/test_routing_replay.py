@@ -150,7 +150,7 @@ def test_replay_is_the_same_in_every_layout(
 
 def test_replay_is_not_what_the_routers_choose(replayed: dict[str, Any], free: dict[str, Any]) -> None:
     (report,), (other,) = replayed["reports"], free["reports"]
-    assert abs(report.loss - other.loss) > 0.01
+    assert abs(report.loss - other.loss) > 1e-3  # a hundred times what layouts may differ by
     assert abs(report.grad_norm - other.grad_norm) > 0.01
     assert not any("replay" in name for name in other.metrics)
 
