@@ -1,4 +1,4 @@
-"""Replayed routing against transformers with the same experts forced upon it: logits, gradients, and what is counted."""
+"""Replayed routing against transformers with the same experts forced upon it: logits, gradients, counts."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ def routed(rollouts: Sequence[Rollout], seed: int = 3) -> list[Rollout]:
 
 def run_config(folder: Path, mode: str, layout: str = "111", *, recompute: bool = False, max_tokens: int = 4096) -> Any:
     parallel = ParallelSpec(tensor=int(layout[0]), pipeline=int(layout[1]), expert=int(layout[2]), recompute=recompute)
-    config = tiny.run_config(folder, parallel=parallel, max_tokens=max_tokens)
+    # The exact KL, with importance weights: p_train is that of the replayed pass, too.
+    config = tiny.run_config(folder, kind="sequence_tis", parallel=parallel, max_tokens=max_tokens)
     if mode == "R3":  # never asked: the rollouts are there already
         servers = SglangSpec(urls=("http://127.0.0.1:1",))
         return replace(config, rollout=RolloutSpec(engine="sglang", sglang=servers, routing_replay="R3"))
@@ -152,6 +153,7 @@ def test_replay_is_not_what_the_routers_choose(replayed: dict[str, Any], free: d
     (report,), (other,) = replayed["reports"], free["reports"]
     assert abs(report.loss - other.loss) > 1e-3  # a hundred times what layouts may differ by
     assert abs(report.grad_norm - other.grad_norm) > 0.01
+    assert abs(report.metrics["rollout_kl"] - other.metrics["rollout_kl"]) > 1e-3
     assert not any("replay" in name for name in other.metrics)
 
 

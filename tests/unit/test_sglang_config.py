@@ -13,8 +13,8 @@ import pytest
 
 from megatron_mopd.config import LaunchSpec, ObjectiveSpec, RolloutSpec, RunConfig, SglangSpec
 from megatron_mopd.method_config import check_method
-from megatron_mopd.rollout.sglang import check as server_checks
 from megatron_mopd.preflight import check_beforehand
+from megatron_mopd.rollout.sglang import check as server_checks
 from megatron_mopd.rollout.sglang.check import Wanted, check_server, check_servers, known_run_id, make_run_id
 from megatron_mopd.rollout.sglang.http import ServerConnection, split_url
 from megatron_mopd.rollout.sglang.server import (
