@@ -17,7 +17,7 @@ def records(models: Path, folder: Path, *, replay: str, updates: int, replace: d
 
     folder.mkdir()
     tree = run_tree(models, folder / "run") | {"steps": 2, "evaluation": {"prompts": 8, "every": 0}} | replace
-    tree |= {"optim": {"lr": 1e-2, "updates_per_step": updates}, "rollout": {"routing_replay": replay}}
+    tree |= {"optim": {"lr": 1e-3, "updates_per_step": updates}, "rollout": {"routing_replay": replay}}
     run_ranks(train, 2, load_config(write_run(folder / "run.yaml", tree)), init=False)
     return read_records(folder / "run" / "metrics.jsonl")
 
