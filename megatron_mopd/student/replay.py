@@ -43,14 +43,14 @@ class RoutingReplay:
     """The routers of one model on this rank, made to ask the micro-batch that they see. Touches no other model."""
 
     def __init__(self, model: GPTModel, world: World, num_domains: int):
-        config = model.config
+        config, layers = model.config, model.decoder.layers
         assert not config.moe_router_fusion, "a fused router asks nobody"
         self.world = world
         self.num_domains = num_domains
-        self.layers = range(config.num_layers)[model.decoder.layers[0].layer_number - 1 :][: len(model.decoder.layers)]
+        self.layers = range(layers[0].layer_number - 1, layers[-1].layer_number)
         """Those of this pipeline stage, counted from the model's first."""
         self.shape = (config.num_layers, config.moe_router_topk)
-        for layer in model.decoder.layers:
+        for layer in layers:
             asking = _AskingRouter(layer.layer_number - 1)
             layer.mlp.router.router_replay = asking
             layer.register_forward_pre_hook(asking.before_layer, with_kwargs=True)
