@@ -110,13 +110,14 @@ class Run:
         With R2 the later updates' are packed now, and replay what the weights of now choose. The first update has just
         these weights: what it would replay is what its routers choose anyway.
         """
-        first, *later = self._parts(rollouts, step)
-        if self.config.rollout.routing_replay != "R2" or not later:
-            yield from map(self.pack, (first, *later))
+        parts = self._parts(rollouts, step)
+        if self.config.rollout.routing_replay != "R2" or len(parts) == 1:
+            yield from map(self.pack, parts)
             return
+        first, *later = [self.pack(part) for part in parts]
         with self.timer("routing"):
-            recorded = [self.student.record_routing(self.pack(part)) for part in later]
-        yield from (self.pack(first), *recorded)
+            recorded = [self.student.record_routing(batches) for batches in later]
+        yield from (first, *recorded)
 
     def _parts(self, rollouts: Sequence[Rollout], step: int) -> list[Sequence[Rollout]]:
         """The rollouts of each optimizer update of this step; one part, unless `optim.updates_per_step` says more.
