@@ -139,6 +139,11 @@ def check_method(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -
             raise ConfigError("rollout.temperature: group-normalised rewards need temperature > 0")
     if rollout.engine == "sglang" and stage == "sft":
         raise ConfigError("rollout.engine: stage 'sft' learns reference answers and samples none; remove it")
+    if rollout.routing_replay != "off" and stage == "sft":
+        raise ConfigError(
+            f"rollout.routing_replay: {rollout.routing_replay} is for answers that the student samples, stage 'sft' "
+            "learns reference answers; set it to off"
+        )
     if rollout.engine == "dataset":
         _check_dataset(stage, objective, rollout)
     _check_unused(stage, objective, rollout)

@@ -22,6 +22,7 @@ import torch
 
 from megatron_mopd.config import RunConfig
 from megatron_mopd.types import MicroBatch, Rollout, to_device
+from megatron_mopd.yaml_config import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,12 @@ def pack(
     aggregation: Literal["sequence", "token"],
     multiple_of: int,
     device: torch.device,
+    with_experts: bool = False,
 ) -> MicroBatch:
-    """Lay rollouts end to end. A dummy sequence pads S to a multiple of `multiple_of` (sequence parallelism)."""
+    """Lay rollouts end to end. A dummy sequence pads S to a multiple of `multiple_of` (sequence parallelism).
+
+    `with_experts` also lays out the rollouts' `routed_experts`, which all of them must have.
+    """
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     padding = -sum(lengths) % multiple_of if lengths else multiple_of
     if padding:
@@ -110,7 +115,14 @@ def pack(
         outcome_advantages=of_rows([r.outcome_advantage for r in rollouts], torch.float32),
         domain_index=of_rows([domain_names.index(r.domain) for r in rollouts], torch.int64),
         sequence_index=of_rows(range(len(rollouts)), torch.int64),
+        routed_experts=_join_experts(rollouts, padding) if with_experts and rollouts else None,
     )
+
+
+def _join_experts(rollouts: Sequence[Rollout], padding: int) -> torch.Tensor:
+    """[S, MoE layers, k] int16; -1 for the padding."""
+    parts = [rollout.routed_experts for rollout in rollouts if rollout.routed_experts is not None]
+    return torch.from_numpy(np.concatenate([*parts, np.full((padding, *parts[0].shape[1:]), -1, np.int16)]))
 
 
 def pack_step(
@@ -122,7 +134,17 @@ def pack_step(
     multiple_of: int,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """All micro-batches of one data-parallel rank; teachers in the order of the configuration."""
+    """All micro-batches of one data-parallel rank; teachers in the order of the configuration.
+
+    Raises ConfigError on every rank for a rollout without the experts that `rollout.routing_replay` is to replay.
+    """
+    with_experts = config.rollout.routing_replay == "R3"
+    without = [rollout.prompt.id for rollout in rollouts if with_experts and rollout.routed_experts is None]
+    if without:
+        raise ConfigError(
+            f"rollout.routing_replay: R3, but {len(without)} of {len(rollouts)} rollouts came without routed experts "
+            f"({without[0]} first); use servers that report them, or set it to off"
+        )
     plans = plan_microbatches(
         [len(rollout.token_ids) for rollout in rollouts],
         [config.domains[rollout.domain].teacher for rollout in rollouts],
@@ -138,6 +160,7 @@ def pack_step(
             aggregation=config.objective.aggregation,
             multiple_of=multiple_of,
             device=device,
+            with_experts=with_experts,
         )
         for plan in plans
     ]

@@ -85,6 +85,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_gpu_packages(config.model)
     inputs = resolve_inputs(config)
     check_architecture(inputs.arch, config.parallel)
+    _check_replay(config, inputs.arch)
     _check_vocabulary(config, inputs)
     _check_teachers(config, inputs)
     _check_weights(inputs)
@@ -133,9 +134,16 @@ def check_beforehand(config: RunConfig, model_folder: Path, world_size: int) -> 
     check_layout(config.parallel, world_size)
     arch = read_architecture(model_folder)
     check_architecture(arch, config.parallel)
+    _check_replay(config, arch)
     _check_lengths(config, arch)
     if config.rollout.engine != "dataset":
         _check_data(config, arch, Tokenizer.load(model_folder))
+
+
+def _check_replay(config: RunConfig, arch: Architecture) -> None:
+    mode = config.rollout.routing_replay
+    if mode != "off" and not arch.is_moe:
+        raise ConfigError(f"rollout.routing_replay: {mode}, but the student's model has no experts; set it to off")
 
 
 def _check_vocabulary(config: RunConfig, inputs: Inputs) -> None:

@@ -95,8 +95,11 @@ class RolloutSpec:
     sglang: SglangSpec | None = None
     """`sglang`: the servers."""
     routing_replay: Literal["off", "R2", "R3"] = "off"
-    """R3: the experts that the servers' routers chose are replayed in training (arXiv 2510.11370) · R2: those of our
-    own log-prob pass."""
+    """Mixture of experts: which experts a token goes to in the student's passes (arXiv 2510.11370). off: those that its
+    routers choose then · R3: those that the servers' routers chose when the token was sampled, or read · R2: those that
+    our own routers chose with the weights before the step's first update; one more forward pass of what the later
+    updates see, and the same as off with one update a step. Weights of the experts and the routers' gradient are
+    always those of the student's present scores; teachers always route freely."""
     samples_per_prompt: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
@@ -116,6 +119,10 @@ class RolloutSpec:
             raise ConfigError(f"sglang: not read by engine '{self.engine}'; set engine: sglang or remove it")
         if self.routing_replay == "R3" and self.engine != "sglang":
             raise ConfigError(f"routing_replay: R3 replays what servers report; engine '{self.engine}' reports nothing")
+        if self.routing_replay == "R2" and self.engine == "dataset":
+            raise ConfigError(
+                "routing_replay: R2 is for the student's own answers, not those of a dataset; set it to off"
+            )
         require(self.samples_per_prompt >= 1, "samples_per_prompt: must be >= 1")
         require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
         require(0 < self.top_p <= 1, "top_p: must be in (0, 1]")

@@ -104,7 +104,22 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
-    def updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[Sequence[Rollout]]:
+    def updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of each optimizer update of this step, packed when it is their turn.
+
+        With R2 the later updates' are packed now, and replay what the weights of now choose. The first update has just
+        these weights: what it would replay is what its routers choose anyway.
+        """
+        parts = self._parts(rollouts, step)
+        if self.config.rollout.routing_replay != "R2" or len(parts) == 1:
+            yield from map(self.pack, parts)
+            return
+        first, *later = [self.pack(part) for part in parts]
+        with self.timer("routing"):
+            recorded = [self.student.record_routing(batches) for batches in later]
+        yield from (first, *recorded)
+
+    def _parts(self, rollouts: Sequence[Rollout], step: int) -> list[Sequence[Rollout]]:
         """The rollouts of each optimizer update of this step; one part, unless `optim.updates_per_step` says more.
 
         Parts are cut from the shuffled prompts: domains come interleaved, and a stride would sort them apart. The
@@ -113,12 +128,10 @@ class Run:
         prompts = list(dict.fromkeys(rollout.prompt.id for rollout in rollouts))
         parts = min(self.config.optim.updates_per_step, len(prompts))
         if parts == 1:
-            yield rollouts
-            return
+            return [rollouts]
         order = np.random.default_rng([self.config.seed, step]).permutation(len(prompts))
         part_of = {prompts[index]: place * parts // len(prompts) for place, index in enumerate(order)}
-        for part in range(parts):
-            yield [rollout for rollout in rollouts if part_of[rollout.prompt.id] == part]
+        return [[r for r in rollouts if part_of[r.prompt.id] == part] for part in range(parts)]
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches; on every rank as many, with the same teachers in the same order."""

@@ -20,8 +20,7 @@ def train(config: RunConfig) -> None:
             with run.timer("rollout"):
                 rollouts = run.collector.collect(step)
             reports = []
-            for part in run.updates(rollouts, step):
-                batches = run.pack(part)
+            for batches in run.updates(rollouts, step):
                 with run.timer("teacher"):
                     scores = run.teachers.score(batches)
                 with run.timer("update"):

@@ -161,6 +161,9 @@ class MicroBatch:
     """[R] int64, index into `RunConfig.domain_names`."""
     sequence_index: Tensor
     """[R] int64, which of the N sequences the row is of."""
+    routed_experts: Tensor | None = None
+    """[S, MoE layers, k] int16, in host memory: the experts that the student's tokens go to, whatever its routers would
+    choose; -1 throughout a row that is left to the router. Teachers never read it. None: all are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from megatron_mopd.config import ModelSpec, ParallelSpec
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.packed import PackedAttention, PackedRotaryEmbedding, RMSNorm, packed_sequences
+from megatron_mopd.student.replay import TokenRouting
 from megatron_mopd.types import MicroBatch
 
 
@@ -164,7 +165,7 @@ def block_spec(arch: Architecture, config: TransformerConfig, *, gpu: bool) -> M
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
-def forward_hidden(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+def forward_hidden(model: torch.nn.Module, batch: MicroBatch, routing: TokenRouting | None = None) -> Tensor:
     """Run this pipeline stage. On the last stage: final hidden states, [S, 1, H] or their sequence-parallel shard.
 
     Logits are never made here: the loss rebuilds them, chunk by chunk, from the rows it looks at.
@@ -173,7 +174,7 @@ def forward_hidden(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         batch.token_ids[None],
         batch.position_ids[None],
         None,
-        packed_seq_params=packed_sequences(batch, thd=torch.cuda.is_available()),
+        packed_seq_params=packed_sequences(batch, thd=torch.cuda.is_available(), routing=routing),
         output_processor=_keep_hidden_states,
     )
 

@@ -16,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
+from megatron_mopd.student.replay import TokenRouting
 from megatron_mopd.types import MicroBatch
 
 
@@ -27,9 +28,11 @@ class PackedSequences(PackedSeqParams):
     """[S]"""
     padded_slots: Tensor | None = None
     """[S] row-major index into [N, L]."""
+    routing: TokenRouting | None = None
+    """Where a model with `RoutingReplay` sends the tokens; None: where its routers say."""
 
 
-def packed_sequences(batch: MicroBatch, thd: bool) -> PackedSequences:
+def packed_sequences(batch: MicroBatch, thd: bool, routing: TokenRouting | None = None) -> PackedSequences:
     """What the model's layers need to know of a micro-batch; `thd` for Transformer Engine, else for this module."""
     cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
     common: dict[str, Any] = {
@@ -37,6 +40,7 @@ def packed_sequences(batch: MicroBatch, thd: bool) -> PackedSequences:
         "cu_seqlens_kv": cu_seqlens,
         "max_seqlen_q": longest,
         "max_seqlen_kv": longest,
+        "routing": routing,
     }
     if thd:
         return PackedSequences(qkv_format="thd", **common)

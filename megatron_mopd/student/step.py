@@ -20,6 +20,7 @@ from megatron_mopd.config import ObjectiveSpec, RunConfig
 from megatron_mopd.importance import Importance, importance_weights
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.model import forward_hidden, output_weight
+from megatron_mopd.student.replay import ReplayPass, Route, RoutingReplay
 from megatron_mopd.types import NO_SCORES, MicroBatch, TeacherScores
 
 METRICS = {
@@ -43,9 +44,12 @@ class StepTable:
     """[len(metrics) + 3, domains] fp64 over this rank's rows: metrics, tokens, weight * loss, weights (= units)."""
     largest_weight: Tensor
     """[domains] fp64, the largest importance weight."""
+    replay: Tensor
+    """[3, domains] fp64, what `ReplayPass` counts. Not zero on any rank: each has tokens and layers of its own."""
 
     def joined(self, other: StepTable) -> StepTable:
-        return StepTable(self.sums + other.sums, torch.maximum(self.largest_weight, other.largest_weight))
+        largest = torch.maximum(self.largest_weight, other.largest_weight)
+        return StepTable(self.sums + other.sums, largest, self.replay + other.replay)
 
 
 def vocab_shard(model: GPTModel, vocab_size: int, world: World) -> VocabShard:
@@ -71,11 +75,12 @@ def run_schedule(
     on_last_stage: Callable[[MicroBatch, Tensor], Any],
     *,
     backward: bool,
+    route: Route | None = None,
 ) -> list[Any]:
     """Send every micro-batch through the pipeline. Returns what `on_last_stage` reported, one entry a micro-batch.
 
     With `backward`, `on_last_stage` returns Megatron's (loss sum, number of units, report); without, anything.
-    On other stages the list is empty.
+    On other stages the list is empty. `route` decides on the experts of a model with `RoutingReplay`.
     """
 
     def forward_step(iterator: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -84,7 +89,7 @@ def run_schedule(
         def at_the_end(hidden: Tensor, non_loss_data: bool = False) -> Any:
             return on_last_stage(batch, hidden)
 
-        return forward_hidden(module, batch), at_the_end
+        return forward_hidden(module, batch, route(batch) if route else None), at_the_end
 
     results = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -101,7 +106,13 @@ def run_schedule(
 
 @torch.no_grad()
 def score(
-    model: GPTModel, batches: Sequence[MicroBatch], vocab_size: int, world: World, objective: ObjectiveSpec
+    model: GPTModel,
+    batches: Sequence[MicroBatch],
+    vocab_size: int,
+    world: World,
+    objective: ObjectiveSpec,
+    *,
+    route: Route | None = None,
 ) -> list[TeacherScores]:
     """What a frozen model says about the trained tokens, as `objective` needs it: their log-probs, its own most likely
     tokens, or the hidden states behind all logits."""
@@ -118,14 +129,14 @@ def score(
 
     if not batches:
         return []
-    results = run_schedule(model, batches, at_the_end, backward=False)
+    results = run_schedule(model, batches, at_the_end, backward=False, route=route)
     return results or [NO_SCORES] * len(batches)
 
 
 class LossStep:
     """The objective at the last pipeline stage: from hidden states to Megatron's (sum, units, report)."""
 
-    def __init__(self, config: RunConfig, vocab_size: int, world: World):
+    def __init__(self, config: RunConfig, vocab_size: int, world: World, replay: RoutingReplay | None = None):
         objective = config.objective
         self._objective = objective
         self._vocab_size = vocab_size
@@ -134,6 +145,7 @@ class LossStep:
         self._temperature = config.rollout.temperature if objective.kind == "grpo" else 1.0
         self._rollout_temperature = config.rollout.temperature
         self._world = world
+        self._replay = replay
         self.weighs = objective.importance.kind != "none"
         self.metrics = METRICS[objective.kind] + (IMPORTANCE_METRICS if self.weighs else ())
 
@@ -163,10 +175,11 @@ class LossStep:
             return (loss.total, count, report) if backward else report
 
         table = self._empty()
-        for report in run_schedule(model, batches, at_the_end, backward=backward):
+        route = ReplayPass(self._replay) if self._replay else None
+        for report in run_schedule(model, batches, at_the_end, backward=backward, route=route):
             if self._world.tensor.rank == 0:
                 table = table.joined(report)
-        return table
+        return replace(table, replay=route.counts()) if route else table
 
     @torch.no_grad()
     def _importance(self, batch: MicroBatch, rows: Tensor, weight: Tensor, shard: VocabShard) -> Importance:
@@ -254,7 +267,8 @@ class LossStep:
 
     def _empty(self) -> StepTable:
         zeros = partial(torch.zeros, dtype=torch.float64, device=self._world.device)
-        return StepTable(zeros(len(self.metrics) + 3, self._num_domains), zeros(self._num_domains))
+        domains = self._num_domains
+        return StepTable(zeros(len(self.metrics) + 3, domains), zeros(domains), replay=zeros(3, domains))
 
     def _per_domain(self, batch: MicroBatch, units: Tensor, rows: Mapping[str, Tensor]) -> StepTable:
         """Of the rows of one micro-batch. units: [R] the rows' weights before importance weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.model import build_model
 from megatron_mopd.student.optimizer import learning_rate, wrap
 from megatron_mopd.student.random_init import init_random
-from megatron_mopd.student.step import LossStep, StepTable
+from megatron_mopd.student.replay import RecordingPass, ReplayPass, RoutingReplay, replay_metrics
+from megatron_mopd.student.step import LossStep, StepTable, run_schedule, score
 from megatron_mopd.student.weight_stream import HFWeights
 from megatron_mopd.student.weights import load_hf
 from megatron_mopd.types import MicroBatch, TeacherScores, UpdateReport
@@ -41,7 +43,9 @@ class Student:
         else:
             load_hf(self.model, arch, source, world)
         self.ddp, self.optimizer = wrap(self.model, config.optim)
-        self._loss = LossStep(config, arch.vocab_size, world)
+        replays = config.rollout.routing_replay != "off"
+        self._replay = RoutingReplay(self.model, world, len(config.domains)) if replays else None
+        self._loss = LossStep(config, arch.vocab_size, world, self._replay)
 
     def update(
         self,
@@ -73,6 +77,19 @@ class Student:
     ) -> Mapping[str, float]:
         """The metrics of `update` without a gradient or an update."""
         return self._report(self._loss.run(self.ddp, batches, scores, heads, backward=False))
+
+    def score(self, batches: Sequence[MicroBatch]) -> list[TeacherScores]:
+        """What a teacher with the student's weights says that is routed as the student is."""
+        route = ReplayPass(self._replay) if self._replay else None
+        return score(self.model, batches, self.arch.vocab_size, self._world, self._config.objective, route=route)
+
+    @torch.no_grad()
+    def record_routing(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """`batches` with the experts that the present weights choose (R2), for this rank's passes. Collective."""
+        assert self._replay is not None
+        recording = RecordingPass(self._replay)
+        run_schedule(self.ddp, batches, lambda batch, hidden: None, backward=False, route=recording)
+        return [replace(batch, routed_experts=recording.routed_experts(batch)) for batch in batches]
 
     def hf_weights(self) -> HFWeights:
         """Every weight under its Hugging Face name, whole, on every rank. Each iteration over them is collective."""
@@ -114,6 +131,8 @@ class Student:
             report[metric] = values[-1]
         for name, count in zip(self._config.domain_names, tokens, strict=False):
             report[f"token_share/{name}"] = count / max(1.0, tokens[-1])
+        if self._replay is not None:
+            report |= replay_metrics(self._world.sum(own.replay), self._config.domain_names)
         if self._loss.weighs:
             largest = self._world.max(own.largest_weight).tolist()
             report |= {

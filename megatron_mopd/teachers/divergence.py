@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_mopd.student.model import output_weight
-from megatron_mopd.student.step import score
 from megatron_mopd.yaml_config import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def check_initial_divergence(run: Run) -> None:
     run.refresh_evaluator()
     batches = run.pack(run.evaluator.sample(prompts, seed=config.evaluation.seed, samples=1))
     measured = run.student.measure(batches, run.teachers.score(batches), run.teachers.heads())
-    own = score(run.student.model, batches, run.student.arch.vocab_size, world, config.objective)
+    own = run.student.score(batches)
     heads = {name: output_weight(run.student.model) for name in config.teachers} if world.is_last_stage else {}
     floor = run.student.measure(batches, own, heads)["reverse_kl"]
     kls = ", ".join(f"{name} {measured[f'reverse_kl/{name}']:.4f}" for name in config.domains)

@@ -84,6 +84,13 @@ def load(folder: Path, text: str, overrides: Sequence[str]) -> RunConfig:
             ["domain_schedule=sequential", "domains.b.weight=0.01"],
             "domain_schedule: 'sequential' leaves none of the 10 steps to domain b; raise steps or domains.b.weight",
         ),
+        (
+            MOPD,
+            ["rollout={engine: dataset, dataset: x, routing_replay: R2}"],
+            "rollout: routing_replay: R2 is for the student's own answers, not those of a dataset; set it to off",
+        ),
+        (SFT, ["rollout.routing_replay=R2"], "rollout.routing_replay: R2 is for answers that the student samples, sta"),
+        (RL, ["rollout.routing_replay=R3"], "rollout: routing_replay: R3 replays what servers report; engine 'in_pro"),
         (MOPD, ["teachers={}"], "domains.a.teacher: 't' is not in teachers (none)"),
     ],
 )
@@ -103,6 +110,8 @@ def test_methods_that_cannot_run(tmp_path: Path, text: str, overrides: list[str]
         (MOPD, ["objective.domain_weights={kind: gap_aware, low: 0.2, high: 4, decay: 0.5}"]),
         (SFT, [DATASET]),
         (RL, ["domain_schedule=sequential"]),
+        (RL, ["rollout.routing_replay=R2"]),
+        (MOPD, ["rollout.routing_replay=R2", "optim.updates_per_step=2"]),
     ],
 )
 def test_methods_that_can(tmp_path: Path, text: str, overrides: list[str]) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_mopd.packing import pack, plan_microbatches
+from megatron_mopd.config import RolloutSpec, SglangSpec
+from megatron_mopd.packing import pack, pack_step, plan_microbatches
 from megatron_mopd.types import Prompt, Rollout
+from megatron_mopd.yaml_config import ConfigError
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -46,6 +51,33 @@ def test_the_shift_by_hand() -> None:
     torch.testing.assert_close(batch.rollout_logprobs, torch.tensor([-1.3, -1.4, -1.5, -2.2]))
     assert batch.outcome_advantages.tolist() == [2.0, 2.0, 2.0, -1.0]
     assert batch.domain_index.tolist() == [0, 0, 0, 1]
+
+
+def test_routed_experts_lie_beside_their_tokens_in_host_memory() -> None:
+    """Not shifted: token t goes to row t's experts, and padding to those of its router."""
+    rollouts = [
+        replace(_rollout("a", [1, 2], [3]), routed_experts=np.arange(12, dtype=np.int16).reshape(3, 2, 2)),
+        replace(_rollout("a", [4], [5]), routed_experts=np.array([[[7, 6], [5, 4]], [[-1, -1]] * 2], np.int16)),
+    ]
+    layout: Any = {"domain_names": ("a",), "aggregation": "token", "multiple_of": 4, "device": CPU}
+    batch = pack(rollouts, None, **layout, with_experts=True)
+    assert batch.routed_experts is not None
+    assert batch.routed_experts.dtype == torch.int16
+    left = [[-1, -1], [-1, -1]]
+    assert batch.routed_experts.tolist() == [
+        *([[k, k + 1], [k + 2, k + 3]] for k in (0, 4, 8)), [[7, 6], [5, 4]], left, left, left, left
+    ]  # fmt: skip
+    assert pack(rollouts, None, **layout).routed_experts is None
+    assert pack([], None, **layout, with_experts=True).routed_experts is None
+
+
+def test_r3_without_routed_experts_is_one_line(tmp_path: Path) -> None:
+    rollouts = tiny.rollouts(["a", "b", "c"])
+    rollouts[0] = replace(rollouts[0], routed_experts=np.zeros((len(rollouts[0].token_ids), 4, 2), np.int16))
+    servers = RolloutSpec(engine="sglang", sglang=SglangSpec(urls=("http://h:1",)), routing_replay="R3")
+    config = replace(tiny.run_config(tmp_path), rollout=servers)
+    with pytest.raises(ConfigError, match=r"^rollout\.routing_replay: R3, but 2 of 3 rollouts came .* \(b/1 first\)"):
+        pack_step(rollouts, config, data_rank=0, data_ranks=2, multiple_of=1, device=CPU)
 
 
 def test_token_aggregation_counts_tokens() -> None:

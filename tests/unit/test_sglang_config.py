@@ -13,6 +13,7 @@ import pytest
 
 from megatron_mopd.config import LaunchSpec, ObjectiveSpec, RolloutSpec, RunConfig, SglangSpec
 from megatron_mopd.method_config import check_method
+from megatron_mopd.preflight import check_beforehand
 from megatron_mopd.rollout.sglang import check as server_checks
 from megatron_mopd.rollout.sglang.check import Wanted, check_server, check_servers, known_run_id, make_run_id
 from megatron_mopd.rollout.sglang.http import ServerConnection, split_url
@@ -167,10 +168,13 @@ def sglang_run(folder: Path, spec: SglangSpec, routing_replay: Any = "off") -> R
     return replace(tiny.run_config(folder), rollout=rollout)
 
 
-def test_r3_needs_experts(tmp_path: Path) -> None:
-    config = sglang_run(tmp_path, SglangSpec(launch=LaunchSpec()), "R3")
-    with pytest.raises(ConfigError, match=r"rollout\.routing_replay: R3, but the student's model has no experts"):
-        check_servers(config, parse_architecture(tiny.DENSE, "test"))
+def test_routing_replay_needs_experts(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "student", tiny.DENSE)
+    with_servers = sglang_run(tmp_path, SglangSpec(launch=LaunchSpec()), "R3")
+    without = replace(with_servers, rollout=RolloutSpec(routing_replay="R2"))
+    for config, mode in ((with_servers, "R3"), (without, "R2")):
+        with pytest.raises(ConfigError, match=rf"^rollout\.routing_replay: {mode}, but the student's model has no exp"):
+            check_beforehand(config, tmp_path / "student", 1)
 
 
 MODEL_INFO = {"model_type": "qwen3_moe", "weight_version": "default"}

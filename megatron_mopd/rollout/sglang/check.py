@@ -51,8 +51,6 @@ def check_servers(config: RunConfig, arch: Architecture) -> None:
     spec = config.rollout.sglang
     if spec is None:
         return
-    if config.rollout.routing_replay == "R3" and not arch.is_moe:
-        raise ConfigError("rollout.routing_replay: R3, but the student's model has no experts; set it to off")
     if spec.launch is not None:
         check_environment(spec.launch.python)
         choose_ports(spec.launch)
