@@ -136,7 +136,8 @@ class Look:
 
     def view(self) -> View:
         """At temperature 1, equal on every rank. Collective."""
-        experts, margins, hidden = (self._layers(what) for what in ("experts", "margin", "hidden"))
+        routed, margins, hidden = (self._layers(what) for what in ("experts", "margin", "hidden"))
+        experts = None if routed is None else [chosen.astype(np.int16) for chosen in routed]
         return View(logprobs=self.logprobs(), experts=experts, margins=margins, hidden=hidden)
 
     def _layers(self, what: str) -> list[Any] | None:
@@ -176,7 +177,8 @@ def _watched(model: GPTModel, world: World, hidden: bool) -> Iterator[dict[tuple
             scores = module.gating(arguments[0]).view(len(chosen), -1).float().softmax(-1)
             taken = chosen.bool()
             lowest, highest = scores.masked_fill(~taken, 2.0).amin(-1), scores.masked_fill(taken, -1.0).amax(-1)
-            keep("experts", layer, chosen.argsort(dim=-1, descending=True, stable=True)[:, : module.topk].short())
+            # As floats, which gloo gathers; it takes no int16.
+            keep("experts", layer, chosen.argsort(dim=-1, descending=True, stable=True)[:, : module.topk].float())
             keep("margin", layer, lowest - highest)
 
         return hook
