@@ -100,14 +100,8 @@ def _add_run_commands(commands: Any) -> None:
 
 
 def _add_model_commands(commands: Any) -> None:
-    merge = _command(
-        commands,
-        "merge CONFIG",
-        _merge,
-        "merge the weights of several checkpoints into one model",
-        cli_text.MERGE,
-        cli_text.MERGE_EPILOG,
-    )
+    about = "merge the weights of several checkpoints into one model"
+    merge = _command(commands, "merge CONFIG", _merge, about, cli_text.MERGE, cli_text.MERGE_EPILOG)
     merge.add_argument("config", metavar="CONFIG", help="YAML file of the merge")
     benchmark = _command(
         commands,
