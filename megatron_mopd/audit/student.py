@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from kernels import token_logprob
@@ -25,6 +22,7 @@ from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.model import build_model, output_weight
 from megatron_mopd.student.step import hidden_rows, run_schedule, vocab_shard
+from megatron_mopd.student.watched import watched
 from megatron_mopd.student.weight_stream import HFWeights
 from megatron_mopd.student.weights import load_hf
 from megatron_mopd.teachers.bank import TeacherBank
@@ -88,7 +86,7 @@ class AuditedStudent:
     def __init__(self, config: RunConfig, arch: Architecture, folder: Path, world: World) -> None:
         self._arch, self._world = arch, world
         dtype = getattr(torch, config.model.dtype)
-        self.model: GPTModel = build_model(arch, config.parallel, world, dtype, training=True, spec=config.model)
+        self.model = build_model(arch, config.parallel, world, dtype, training=True, spec=config.model)
         load_hf(self.model, arch, folder, world)
         self.model.eval()
 
@@ -98,7 +96,7 @@ class AuditedStudent:
     @torch.no_grad()
     def look(self, packed: Packed, *, hidden: bool) -> Look:
         """One pass over everything. Collective."""
-        with _watched(self.model, self._world, hidden) as seen:
+        with watched(self.model, self._world, hidden) as seen:
             rows = run_schedule(
                 self.model,
                 packed.batches,
@@ -117,7 +115,7 @@ class Look:
     """Of every micro-batch [R, H] on the last stage, else empty."""
     seen: dict[tuple[str, int], list[np.ndarray]]
     """(what, layer) -> of every micro-batch [S, ...], for the layers of this stage."""
-    model: GPTModel
+    model: torch.nn.Module
     arch: Architecture
     world: World
 
@@ -158,52 +156,6 @@ class Look:
             np.stack([by_sequence[index][layer] for layer in sorted(by_sequence[index])], axis=1)
             for index in range(len(by_sequence))
         ]
-
-
-@contextmanager
-def _watched(model: GPTModel, world: World, hidden: bool) -> Iterator[dict[tuple[str, int], list[np.ndarray]]]:
-    """Collects what the layers of this stage do: 'experts' [S, k], 'margin' [S] and, if asked for, 'hidden' [S, H]."""
-    seen: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-
-    def keep(what: str, layer: int, values: Tensor) -> None:
-        if world.tensor.size > 1:
-            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
-        seen[what, layer].append(values.cpu().numpy())
-
-    def of_router(layer: int) -> Callable[..., None]:
-        def hook(module: Any, arguments: Any, output: Any) -> None:
-            chosen = output[1].to(torch.uint8)
-            # Its probabilities are those of the chosen experts alone, and it keeps no logits.
-            scores = module.gating(arguments[0]).view(len(chosen), -1).float().softmax(-1)
-            taken = chosen.bool()
-            lowest, highest = scores.masked_fill(~taken, 2.0).amin(-1), scores.masked_fill(taken, -1.0).amax(-1)
-            # As floats, which gloo gathers; it takes no int16.
-            keep("experts", layer, chosen.argsort(dim=-1, descending=True, stable=True)[:, : module.topk].float())
-            keep("margin", layer, lowest - highest)
-
-        return hook
-
-    def of_states(layer: int) -> Callable[..., None]:
-        def hook(module: Any, arguments: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            keep("hidden", layer, states.squeeze(1).float())
-
-        return hook
-
-    hooks = []
-    for module in model.decoder.layers:
-        layer = module.layer_number - 1
-        if hasattr(module.mlp, "router"):
-            hooks.append(module.mlp.router.register_forward_hook(of_router(layer)))
-        if hidden:
-            hooks.append(module.register_forward_hook(of_states(layer)))
-    if hidden and model.decoder.final_layernorm is not None:
-        hooks.append(model.decoder.final_layernorm.register_forward_hook(of_states(model.config.num_layers)))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def teacher_view(config: RunConfig, arch: Architecture, folder: Path, packed: Packed, world: World) -> View:
