@@ -73,7 +73,7 @@ class Packed:
 
     def per_token(self, packed: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
         """sequence -> [T, ...] from arrays [S, ...] of every micro-batch."""
-        found = {}
+        found: dict[int, np.ndarray] = {}
         for own, batch, values in zip(self.members, self.batches, packed, strict=True):
             bounds = pairwise(batch.cu_seqlens.tolist())
             found |= {index: values[start:end] for index, (start, end) in zip(own, bounds, strict=False)}
