@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_mopd import __version__, cli_text
+from megatron_mopd.audit import options as audit_options
 from megatron_mopd.config import RunConfig, Split, load_config
 from megatron_mopd.environment import joined_world, prepare_environment, world_size
 from megatron_mopd.launch import Outcome, launch
@@ -99,14 +100,8 @@ def _add_run_commands(commands: Any) -> None:
 
 
 def _add_model_commands(commands: Any) -> None:
-    merge = _command(
-        commands,
-        "merge CONFIG",
-        _merge,
-        "merge the weights of several checkpoints into one model",
-        cli_text.MERGE,
-        cli_text.MERGE_EPILOG,
-    )
+    about = "merge the weights of several checkpoints into one model"
+    merge = _command(commands, "merge CONFIG", _merge, about, cli_text.MERGE, cli_text.MERGE_EPILOG)
     merge.add_argument("config", metavar="CONFIG", help="YAML file of the merge")
     benchmark = _command(
         commands,
@@ -156,6 +151,8 @@ def _add_study_commands(commands: Any) -> None:
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, a demo or a reproduction")
     report.add_argument("--out", metavar="DIR", help="folder to write; default: report in the first RUN")
+    about, run = "where rollout engine, student and teacher part", audit_options.run
+    audit_options.add(_command(commands, "audit CONFIG", run, about, cli_text.AUDIT, cli_text.AUDIT_EPILOG))
     about = "memory, bytes, FLOPs, time and cost of a run"
     plan_arguments.add(_command(commands, "plan CONFIG", _plan, about, cli_text.PLAN, cli_text.PLAN_EPILOG))
 

@@ -164,6 +164,22 @@ examples:
   mopd merge configs/tiny/param_merge.yaml method=ties density=0.3 out=runs/tiny/merged/ties
 """
 
+AUDIT = """\
+Sample prompts of every domain with the rollout engine of CONFIG and score the same tokens with the engine again,
+with the Megatron student, and with a teacher that the bank loads from the student's checkpoint; with --reference
+also with transformers in float32. Says which of chat template, temperature, dtype, routing and engine explains
+what differs, with the numbers. Servers that CONFIG launches are started and stopped. See docs/audit.md.
+
+Exit code 0: within tolerance (float32: max |difference| of log-probs; bfloat16: KL by k3, and max < 1). 1: not.
+"""
+
+AUDIT_EPILOG = """\
+examples:
+  mopd audit configs/tiny/mopd_sglang.yaml --json audit.json
+  mopd audit configs/tiny/mopd.yaml --reference --prompts 16 model.checkpoint=runs/mopd/checkpoints/latest
+  mopd audit configs/tiny/mopd.yaml parallel.tensor=2 parallel.expert=2 model.dtype=bfloat16
+"""
+
 PLAN = """\
 What a run needs, before it is queued: parameters, GB of a GPU part by part, host memory of the teachers, bytes moved
 and FLOPs of a step, and the least time and GPU-hours by data-sheet ceilings. Parameters are counted on the real

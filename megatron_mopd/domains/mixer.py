@@ -102,6 +102,10 @@ class DomainMixer:
             )
         return found
 
+    def questions(self, domain: str, split: Split) -> tuple[tuple[int, Item], ...]:
+        """(index in its source, item) of the prompts of `split`, and of those that are too long for one."""
+        return self._splits.domains[domain][split].items
+
     def benchmark(self, group: str, name: str) -> PromptSet:
         """The prompts of `evaluation.<group>.<name>`, group being 'benchmarks' or 'out_of_domain'."""
         found = render_questions(

@@ -77,6 +77,13 @@ def question_hash(item: Item, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.render_text(item.messages).encode()).hexdigest()
 
 
+def chat_of(item: Item, spec: DomainSpec) -> list[Message]:
+    """The item behind the domain's system prompt."""
+    if spec.system_prompt is None:
+        return list(item.messages)
+    return [{"role": "system", "content": spec.system_prompt}, *item.messages]
+
+
 def render_prompt(
     item: Item, spec: DomainSpec, *, domain: str, identity: str, answer: str, question: str, tokenizer: Tokenizer
 ) -> Prompt | None:
@@ -84,10 +91,7 @@ def render_prompt(
 
     `question` is its `question_hash`.
     """
-    system: tuple[Message, ...] = ()
-    if spec.system_prompt is not None:
-        system = ({"role": "system", "content": spec.system_prompt},)
-    token_ids = tokenizer.render([*system, *item.messages])
+    token_ids = tokenizer.render(chat_of(item, spec))
     if len(token_ids) > spec.max_prompt_tokens:
         return None
     return Prompt(

@@ -11,7 +11,7 @@ F expert (or MLP) size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +99,8 @@ class Decoder:
         self.weights = DecoderWeights(arch, dtype=dtype, device=device)
         pairs = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
         self._inverse_frequency = (1.0 / arch.rope_theta**pairs).to(device)
+        self.on_routing: Callable[[Tensor], None] | None = None
+        """Is told the experts [rows, K] of every MoE layer, layer by layer: the audit compares them."""
         self._expert_ids = torch.arange(arch.num_experts, device=device)
         # grouped_mm takes rows that are multiples of 16 bytes.
         self._can_group = all(size * dtype.itemsize % 16 == 0 for size in (arch.hidden_size, arch.expert_ffn_size))
@@ -201,6 +203,8 @@ class Decoder:
             return _swiglu(F.linear(x, layer.gate_up[0])) @ layer.down[0]
         # As transformers: softmax over all experts in fp32, then the top k, then (optionally) renormalised.
         weights, experts = F.linear(x, layer.router).softmax(-1, dtype=torch.float32).topk(self.arch.experts_per_token)
+        if self.on_routing is not None:
+            self.on_routing(experts)
         if self.arch.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if x.shape[0] * self.arch.num_experts <= _DENSE_MOE_WORK or not self._can_group:

@@ -52,7 +52,7 @@ class InProcessEngine:
         for token in stop_ids:
             if not 0 <= token < arch.vocab_size:
                 raise ValueError(f"stop_ids: {token} is outside the vocabulary of {arch.vocab_size}")
-        self._decoder = Decoder(arch, dtype=dtype, device=device)
+        self.decoder = Decoder(arch, dtype=dtype, device=device)
         self._batch_size = batch_size
         self._is_stop = torch.zeros(arch.vocab_size, dtype=torch.bool, device=device)
         self._is_stop[list(stop_ids)] = True
@@ -61,7 +61,7 @@ class InProcessEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""
         self._version = None
-        self._decoder.weights.load(weights)
+        self.decoder.weights.load(weights)
         self._version = version
 
     def rest(self) -> None:
@@ -91,7 +91,7 @@ class InProcessEngine:
         return [rollouts[place] for place in range(len(jobs))]
 
     def _check(self, prompt: Prompt) -> None:
-        arch, length, response = self._decoder.arch, len(prompt.token_ids), prompt.max_response_tokens
+        arch, length, response = self.decoder.arch, len(prompt.token_ids), prompt.max_response_tokens
         if length == 0:
             raise ValueError(f"prompt {prompt.id}: has no tokens")
         if response < 1:
@@ -107,7 +107,7 @@ class InProcessEngine:
 
     def _decode(self, jobs: Sequence[_Job], sampling: Sampling, seed: int) -> Iterator[Rollout]:
         """Decode one batch; yields a rollout per job, in order."""
-        device = self._decoder.device
+        device = self.decoder.device
         limits = torch.tensor([job.prompt.max_response_tokens for job in jobs], device=device)
         keys = torch.tensor([stream_key(seed, job.prompt.id, job.sample) for job in jobs], device=device)
         steps = int(limits.max())
@@ -116,7 +116,7 @@ class InProcessEngine:
         rows = torch.arange(len(jobs), device=device)
         done = torch.zeros(len(jobs), dtype=torch.bool, device=device)
         groups = [list(group) for _, group in groupby(jobs, key=lambda job: job.place - job.sample)]
-        logits, cache = self._decoder.prefill(
+        logits, cache = self.decoder.prefill(
             [group[0].prompt.token_ids for group in groups],
             [len(group) for group in groups],
             capacity=min(steps, _CACHE_CHUNK),
@@ -132,7 +132,7 @@ class InProcessEngine:
                 alive = (~done).nonzero().squeeze(1)
                 rows, keys, limits, done, drawn = (t[alive] for t in (rows, keys, limits, done, drawn))
                 cache.keep(alive)
-            logits = self._decoder.decode(drawn, cache)
+            logits = self.decoder.decode(drawn, cache)
         return self._collect(jobs, tokens, logprobs)
 
     def _collect(self, jobs: Sequence[_Job], tokens: Tensor, logprobs: Tensor) -> Iterator[Rollout]:

@@ -65,6 +65,7 @@ def _one_line(capfd: pytest.CaptureFixture[str]) -> str:
         (["export"], ["--hf OUT", "safetensors", "examples:"]),
         (["demo"], ["--run-dir", "runs/demo", "goes on where it stopped"]),
         (["benchmark"], ["mopd benchmark NAME --from FILE --out FILE [options]\n", "swe_bench_verified"]),
+        (["audit"], ["mopd audit CONFIG [options] [key.path=value ...]", "--reference", "Exit code 0", "examples:"]),
         (["report"], ["mopd report RUN... [options]\n", "--out DIR"]),
     ],
 )

@@ -114,10 +114,10 @@ def test_new_weights_replace_the_old_ones_in_place(moe: Reference) -> None:
     other = {name: tensor.flip(0) for name, tensor in moe.weights.items()}
     engine, prompts = moe.engine(), make_prompts(10)
     before = engine.generate(prompts, samples=1, sampling=MODEL, seed=0)
-    storage = [layer.gate_up.data_ptr() for layer in engine._decoder.weights.layers]
+    storage = [layer.gate_up.data_ptr() for layer in engine.decoder.weights.layers]
     engine.load_weights(other.items(), version=6)
     after = engine.generate(prompts, samples=1, sampling=MODEL, seed=0)
-    assert storage == [layer.gate_up.data_ptr() for layer in engine._decoder.weights.layers]
+    assert storage == [layer.gate_up.data_ptr() for layer in engine.decoder.weights.layers]
     assert {r.policy_version for r in before} == {5} and {r.policy_version for r in after} == {6}
     assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(after, before, strict=True))
     engine.load_weights(moe.weights.items(), version=7)

@@ -142,6 +142,11 @@ class SglangEngine:
         if self._sync is not None and self._pool is not None:
             self._pool.weights_sent((), self._sync.release([member.connection for member in self._pool.live]))
 
+    @property
+    def connections(self) -> list[ServerConnection]:
+        """Of the live servers; none on other ranks than the first."""
+        return [member.connection for member in self._pool.live] if self._pool is not None else []
+
     def close(self) -> None:
         """Stop the servers that were started; give those that were found back."""
         if self._sync is not None:
