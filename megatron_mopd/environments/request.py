@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,7 +35,7 @@ class Endpoint:
         EnvironmentFailure; the key is in no message.
         """
         deadline = time.monotonic() + seconds
-        data = json.dumps(body, default=str).encode()
+        data = json.dumps(_plain(body), default=str).encode()
         for attempt in range(self.retries + 1):
             last = attempt == self.retries
             try:
@@ -97,6 +98,13 @@ def _read_body(connection: http.client.HTTPConnection, response: http.client.HTT
     if response.length:
         raise http.client.IncompleteRead(body, response.length)
     return body
+
+
+def _plain(value: Any) -> Any:
+    """With keys that JSON knows: a reasoning-gym entry may hold others."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _left(deadline: float) -> float:
