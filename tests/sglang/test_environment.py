@@ -1,0 +1,87 @@
+"""Episodes with the Python tool over a real server, on two ranks: what it saw and sampled is what is trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_mopd.config import RunConfig
+from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.packing import pack_step
+from megatron_mopd.rollout.collect import Collector
+from megatron_mopd.rollout.sglang import engine as sglang_engine
+from megatron_mopd.types import Rollout
+from megatron_mopd.yaml_config import build
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_environments import contexts_of, contexts_sampled, facts, tool_run
+from tests.sglang.trainer_side import Trainer, response_logprobs, run_file, served_logprobs
+
+SECONDS = 900
+
+
+def _collect(config: RunConfig) -> dict[str, Any]:
+    """A step's rollouts, what is packed of them, and what went over the wire to and from the server."""
+    wire: list[Rollout] = []
+    ask = sglang_engine.generate_all
+
+    def noting(pool: Any, requests: Sequence[Any], limits: Any) -> list[Rollout]:
+        answers = ask(pool, requests, limits)
+        for request, answer in zip(requests, answers, strict=True):
+            sent = request.body["input_ids"]
+            assert answer.token_ids[: len(sent)].tolist() == sent
+        wire.extend(answers)
+        return answers
+
+    sglang_engine.generate_all = noting  # this process is a fork of the test's
+    trainer = Trainer(config)
+    trainer.send(0)
+    world, tokenizer = trainer.world, trainer.inputs.tokenizer
+    rollouts = Collector(config, DomainMixer(config, tokenizer), trainer.engine, tokenizer, world).collect(0)
+    batches = pack_step(
+        rollouts,
+        config,
+        data_rank=world.data.rank,
+        data_ranks=world.data.size,
+        multiple_of=world.tensor.size,
+        device=world.device,
+    )
+    logits, routed = trainer.view(rollouts)
+    apart = np.abs(response_logprobs(rollouts, logits, 1.0) - served_logprobs(rollouts))
+    rows = [
+        (rollout.routed_experts[:-1], own[:-1])
+        for rollout, own in zip(rollouts, routed, strict=True)
+        if rollout.routed_experts is not None
+    ]
+    trainer.close()
+    return {
+        "rollouts": [facts(rollout) for rollout in rollouts],
+        "trained": contexts_of(batches),
+        "sampled": contexts_sampled(wire),
+        "difference": float(apart.max()),
+        "routing": [bool((np.sort(theirs, -1) == np.sort(ours, -1)).all()) for theirs, ours in rows],
+    }
+
+
+def test_what_the_server_saw_is_what_is_trained_on(models: Path, tmp_path: Path) -> None:
+    tree = tool_run(models, tmp_path / "run", ranks=2)
+    served = run_file(models, tmp_path / "run", launch={"servers": 1}, sync={"kind": "disk"})["rollout"]
+    tree["rollout"] |= served
+    first, second = run_ranks(_collect, 2, build(RunConfig, tree), init=False, timeout=SECONDS)
+
+    episodes = [rollout[-1] for rollout in first["rollouts"] if rollout[-1] is not None]
+    turns = Counter(episode[0] for episode in episodes)
+    trained = first["trained"] + second["trained"]
+    print(
+        "episodes by turns:", dict(turns), "trained tokens:", trained.total(), "log-probs apart:", first["difference"]
+    )
+    assert first["rollouts"] == second["rollouts"]
+    assert turns[2] + turns[3] >= 6
+    assert second["sampled"].total() == 0  # the first rank alone talks to the server
+    assert trained == first["sampled"]
+    # The student, with the whole episode in one pass, agrees with the server, which had it turn by turn.
+    assert first["difference"] < 1e-4
+    assert len(first["routing"]) == len(first["rollouts"]) and all(first["routing"])
