@@ -23,7 +23,7 @@ from megatron_mopd.student.random_init import write_random_model
 from megatron_mopd.types import MicroBatch, Prompt, Rollout
 from megatron_mopd.yaml_config import build
 from tests.comparison import small_model
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import RankError, run_ranks
 from tests.e2e.conftest import run_tree
 from tests.environments.agent_server import serving
 from tests.environments.games import MODEL, PLAIN, TOKENIZER, Recorder, tokens
@@ -107,7 +107,7 @@ def asked_of(names: Sequence[str]) -> list[Prompt]:
     return prompts
 
 
-def _sample(config: RunConfig, names: Sequence[str]) -> tuple[list[Rollout], int, int]:
+def _sample(config: RunConfig, mixer: DomainMixer, names: Sequence[str]) -> tuple[list[Rollout], int, int]:
     world = World(
         size=dist.get_world_size(),
         rank=dist.get_rank(),
@@ -118,7 +118,7 @@ def _sample(config: RunConfig, names: Sequence[str]) -> tuple[list[Rollout], int
         expert=ALONE,
     )
     engine = Together(world)
-    collector = Collector(config, DomainMixer(config, TOKENIZER), engine, TOKENIZER, world)
+    collector = Collector(config, mixer, engine, TOKENIZER, world)
     rollouts = collector.sample(asked_of(names), seed=3, samples=2, sampling=PLAIN)
     return rollouts, engine.calls, engine.empty
 
@@ -146,14 +146,18 @@ MIXES = {
 }
 
 
+SIZES = dict.fromkeys(MIXES, (2,)) | {"uneven": (2, 3)}
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_every_rank_asks_a_collective_engine_equally_often(mix: str) -> None:
     names = MIXES[mix]
     with serving(game) as server:
         config = game_config(server.url)
-        ((alone, calls, _),) = run_ranks(_sample, 1, config, names)
-        for size in (2, 3):
-            results = run_ranks(_sample, size, config, names, timeout=60)
+        mixer = DomainMixer(config, TOKENIZER)  # made here, once: ranks are forks
+        ((alone, calls, _),) = run_ranks(_sample, 1, config, mixer, names)
+        for size in SIZES[mix]:
+            results = run_ranks(_sample, size, config, mixer, names)
             assert [count for _, count, _ in results] == [calls] * size
             for rollouts, _, _ in results:
                 assert list(map(facts, rollouts)) == list(map(facts, alone))
@@ -170,6 +174,14 @@ def test_every_rank_asks_a_collective_engine_equally_often(mix: str) -> None:
             assert rollout.reward == float(rollout.sample == 1)
     if mix == "games on one rank only":
         assert results[1][2] > 0  # a rank without a game took part with empty batches
+
+
+def test_ranks_that_do_not_agree_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "any", lambda self, flag: flag)
+    with serving(game) as server:
+        config = game_config(server.url)
+        with pytest.raises(RankError):
+            run_ranks(_sample, 2, config, DomainMixer(config, TOKENIZER), MIXES["games on one rank only"], timeout=30)
 
 
 @pytest.fixture(scope="module")
