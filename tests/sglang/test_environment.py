@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,26 @@ SECONDS = 900
 
 
 def _collect(config: RunConfig) -> dict[str, Any]:
-    """A step's rollouts, what is packed of them, and what went over the wire to and from the server."""
-    wire: list[Rollout] = []
-    ask = sglang_engine.generate_all
+    """A step's rollouts, what is packed of them, and what was sent to the server and came back."""
+    sent: list[tuple[int, ...]] = []
+    answers: list[Rollout] = []
+    make_body = sglang_engine.request_body
 
-    def noting(pool: Any, requests: Sequence[Any], limits: Any) -> list[Rollout]:
-        answers = ask(pool, requests, limits)
-        for request, answer in zip(requests, answers, strict=True):
-            sent = request.body["input_ids"]
-            assert answer.token_ids[: len(sent)].tolist() == sent
-        wire.extend(answers)
-        return answers
+    def noting_body(*args: Any, **options: Any) -> dict[str, Any]:
+        body = make_body(*args, **options)
+        sent.append(tuple(body["input_ids"]))
+        return body
 
-    sglang_engine.generate_all = noting  # this process is a fork of the test's
+    sglang_engine.request_body = noting_body  # this process is a fork of the test's
     trainer = Trainer(config)
+    generate = trainer.engine.generate
+
+    def noting_answers(*args: Any, **options: Any) -> list[Rollout]:
+        given = generate(*args, **options)
+        answers.extend(given)
+        return given
+
+    trainer.engine.generate = noting_answers  # type: ignore[method-assign]
     trainer.send(0)
     world, tokenizer = trainer.world, trainer.inputs.tokenizer
     rollouts = Collector(config, DomainMixer(config, tokenizer), trainer.engine, tokenizer, world).collect(0)
@@ -60,7 +65,9 @@ def _collect(config: RunConfig) -> dict[str, Any]:
     return {
         "rollouts": [facts(rollout) for rollout in rollouts],
         "trained": contexts_of(batches),
-        "sampled": contexts_sampled(wire),
+        "sent": Counter(sent),
+        "questions": Counter(tuple(r.token_ids[: int(r.loss_mask.argmax())].tolist()) for r in answers),
+        "sampled": contexts_sampled(answers),
         "difference": float(apart.max()),
         "routing": [bool((np.sort(theirs, -1) == np.sort(ours, -1)).all()) for theirs, ours in rows],
     }
@@ -80,8 +87,9 @@ def test_what_the_server_saw_is_what_is_trained_on(models: Path, tmp_path: Path)
     )
     assert first["rollouts"] == second["rollouts"]
     assert turns[2] + turns[3] >= 6
-    assert second["sampled"].total() == 0  # the first rank alone talks to the server
-    assert trained == first["sampled"]
+    assert second["sent"].total() == 0  # the first rank alone talks to the server
+    assert first["sent"] == first["questions"] + second["questions"]
+    assert trained == first["sampled"] + second["sampled"]
     # The student, with the whole episode in one pass, agrees with the server, which had it turn by turn.
     assert first["difference"] < 1e-4
     assert len(first["routing"]) == len(first["rollouts"]) and all(first["routing"])
