@@ -54,11 +54,12 @@ def _collect(config: RunConfig) -> dict[str, Any]:
         multiple_of=world.tensor.size,
         device=world.device,
     )
-    logits, routed = trainer.view(rollouts)
-    apart = np.abs(response_logprobs(rollouts, logits, 1.0) - served_logprobs(rollouts))
+    played = [rollout for rollout in rollouts if rollout.domain == "a"]
+    logits, routed = trainer.view(played)
+    apart = np.abs(response_logprobs(played, logits, 1.0) - served_logprobs(played))
     rows = [
         (rollout.routed_experts[:-1], own[:-1])
-        for rollout, own in zip(rollouts, routed, strict=True)
+        for rollout, own in zip(played, routed, strict=True)
         if rollout.routed_experts is not None
     ]
     trainer.close()
@@ -92,4 +93,4 @@ def test_what_the_server_saw_is_what_is_trained_on(models: Path, tmp_path: Path)
     assert trained == first["sampled"] + second["sampled"]
     # The student, with the whole episode in one pass, agrees with the server, which had it turn by turn.
     assert first["difference"] < 1e-4
-    assert len(first["routing"]) == len(first["rollouts"]) and all(first["routing"])
+    assert len(first["routing"]) == len(episodes) and all(first["routing"])
