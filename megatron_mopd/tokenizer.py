@@ -94,6 +94,7 @@ class Tokenizer:
 
     def encode_plain(self, text: str) -> IntArray:
         """[T] token ids of text from outside: a special token that is written out in it is text like any other."""
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold halves of surrogate pairs
         return np.array(self._plain_backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | IntArray, *, keep_special: bool = False) -> str:

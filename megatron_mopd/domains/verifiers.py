@@ -188,11 +188,13 @@ def group_advantages(rollouts: Sequence[Rollout], normalise_by_std: bool) -> lis
     """The rollouts with outcome_advantage = (r - mean) / (std + 1e-6) over the samples of their prompt.
 
     GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2), with the population standard deviation; without
-    `normalise_by_std` only centred (Dr. GRPO, arXiv 2503.20783). A group with equal rewards gets exactly 0.
+    `normalise_by_std` only centred (Dr. GRPO, arXiv 2503.20783). A group with equal rewards gets exactly 0, and so does
+    an episode that its environment failed: it says nothing about the student and is in no group's mean.
     """
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for index, rollout in enumerate(rollouts):
-        groups[rollout.prompt.id].append(index)
+        if rollout.episode is None or not rollout.episode.failed:
+            groups[rollout.prompt.id].append(index)
     advantages = np.zeros(len(rollouts))
     for indices in groups.values():
         rewards = np.array([rollouts[index].reward for index in indices], dtype=np.float64)

@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_mopd.domains.reasoning import after_reasoning
 
 MAX_CALLS = 8
-"""Of one turn; the rest is answered with an error instead of being run."""
+"""Of one turn; the rest is answered with one error instead of being run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,8 @@ class Call:
 def find_calls(text: str, *, opening: str, closing: str, form: Literal["json", "code"]) -> list[Call]:
     """The calls between `opening` and `closing`, in order; what the student only thought about is none.
 
-    An opening without its closing text is no call: the turn ended before it was written.
+    A call ends at the first closing text, whatever it stands in. An opening without one is no call: the turn ended
+    before it was written.
     """
     calls: list[Call] = []
     rest = after_reasoning(text)
@@ -32,9 +33,9 @@ def find_calls(text: str, *, opening: str, closing: str, form: Literal["json", "
         content, closed, rest = after.partition(closing)
         if not opened or not closed:
             return calls
-        if len(calls) >= MAX_CALLS:
-            calls.append(Call(problem=f"at most {MAX_CALLS} calls in one turn"))
-        elif form == "code":
+        if len(calls) == MAX_CALLS:
+            return [*calls, Call(problem=f"at most {MAX_CALLS} calls in one turn; the others were not run")]
+        if form == "code":
             calls.append(Call(code=content))
         else:
             calls.append(_read_json(content))
@@ -45,8 +46,10 @@ def _read_json(content: str) -> Call:
     expected = '{"name": "python", "arguments": {"code": "..."}}'
     try:
         tree = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except json.JSONDecodeError as error:
+        return Call(problem=f"the call is not JSON ({error.msg}); write {expected}")
+    except (ValueError, RecursionError) as error:  # Python reads no integer of more than 4,300 digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
         return Call(problem=f"the call is not JSON ({reason}); write {expected}")
     if not isinstance(tree, dict):
         return Call(problem=f"the call is not an object; write {expected}")

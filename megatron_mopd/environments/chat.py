@@ -11,6 +11,8 @@ from megatron_mopd.types import IntArray
 from megatron_mopd.yaml_config import ConfigError
 
 _ANSWER, _RESULT = "ANSWERMARK", "RESULTMARK"
+TEXT_PER_TOKEN = 16
+"""Characters of a result that are read for each token it may have: enough for any tokenizer, and far from a flood."""
 CUT = "\n[cut]"
 """At the end of a result that was longer than it may be."""
 
@@ -42,8 +44,9 @@ class TurnFormat:
         return self._tokenizer.stop_ids
 
     def _cut(self, text: str, max_tokens: int) -> IntArray:
-        tokens = self._tokenizer.encode_plain(text)
-        if len(tokens) <= max_tokens:
+        limit = max_tokens * TEXT_PER_TOKEN
+        tokens = self._tokenizer.encode_plain(text[:limit])
+        if len(tokens) <= max_tokens and len(text) <= limit:
             return tokens
         mark = self._tokenizer.encode_plain(CUT)[:max_tokens]
         return np.concatenate((tokens[: max_tokens - len(mark)], mark))

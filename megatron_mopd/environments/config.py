@@ -77,6 +77,8 @@ class EnvironmentSpec:
     def _check_http(self) -> None:
         if self.url is None:
             raise ConfigError("url: missing; an environment of kind 'http' needs http://host:port")
+        if not self.url.isascii() or not self.url.isprintable() or " " in self.url:
+            raise ConfigError("url: has a character that no URL has; write it as %XX")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ConfigError(f"url: expected http://host:port or https://..., got '{self.url}'")

@@ -31,6 +31,8 @@ class HttpEnvironment:
         key = os.environ.get(spec.api_key_env) if spec.api_key_env is not None else None
         if spec.api_key_env is not None and not key:
             raise ConfigError(f"api_key_env: the environment has no variable {spec.api_key_env}; set it to the key")
+        if key and not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"api_key_env: {spec.api_key_env} holds a character that no key has, as a line break")
         self._endpoint = Endpoint(url=spec.url.rstrip("/"), api_key=key, retries=spec.retries)
         self._spec, self._tokenizer = spec, tokenizer
         self._format = TurnFormat(tokenizer, spec.role)
@@ -95,7 +97,7 @@ class HttpEnvironment:
         if done:
             return Observation(done=True, reward=score)
         if ids is not None:
-            return Observation(token_ids=self._own_ids(path, ids), reward=score)
+            return Observation(token_ids=self._own_ids(path, ids), reward=score, calls=int(path == "/step"))
         if path == "/reset":
             if text is not None:
                 raise self._wrong(path, "an observation before the first turn must be observation_ids")

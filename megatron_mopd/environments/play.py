@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from megatron_mopd.rollout.engine import RolloutEngine, Sampling
 from megatron_mopd.types import Episode, Prompt, Rollout
 
 FindEnvironment = Callable[[EnvironmentSpec], Environment]
+Anywhere = Callable[[bool], bool]
+"""Whether something is so on any rank: `World.any`."""
 
 
 @dataclass(slots=True)
@@ -24,6 +27,7 @@ class _Game:
     place: int
     """Index of its prompt times samples, plus its sample: where its rollout is returned."""
     identity: str
+    """Of this one attempt: a step that is repeated after a resume, or another run, begins another episode."""
     spec: EnvironmentSpec
     environment: Environment
     transcript: Transcript
@@ -41,6 +45,7 @@ def play(
     prompts: Sequence[Prompt],
     domains: Mapping[str, DomainSpec],
     find: FindEnvironment,
+    anywhere: Anywhere,
     *,
     samples: int,
     sampling: Sampling,
@@ -48,20 +53,23 @@ def play(
 ) -> list[Rollout]:
     """As `RolloutEngine.generate`; prompts of a domain with an environment become episodes of several turns.
 
-    What is sampled in turn t of an episode depends on (seed, prompt.id, sample, t) and on what stands before it.
-    A failure of an environment ends its episode and is recorded in `Rollout.episode`.
+    What is sampled in turn t of an episode depends on (seed, prompt.id, sample, t) and on what stands before it, not on
+    the number of ranks. A failure of an environment ends its episode and is recorded in `Rollout.episode`.
+
+    Collective: engines may be, so that every rank asks its own for as many batches as the others, for empty ones where
+    it has nothing to ask.
     """
-    games = _new_games(prompts, domains, find, samples, seed)
-    if not games:
+    games = _new_games(prompts, domains, find, samples)
+    if not (any(domain.environment for domain in domains.values()) and anywhere(bool(games))):
         return engine.generate(prompts, samples=samples, sampling=sampling, seed=seed)
-    workers = max(game.spec.workers for game in games)
+    workers = max((game.spec.workers for game in games), default=1)
     with ThreadPoolExecutor(workers, thread_name_prefix="environment") as pool:
         list(pool.map(lambda game: _reset(game, seed), games))
-        rollouts = _first_turns(engine, prompts, games, samples=samples, sampling=sampling, seed=seed)
+        rollouts = _first_turns(engine, prompts, games, anywhere, samples=samples, sampling=sampling, seed=seed)
         while True:
             list(pool.map(_step, [game for game in games if not game.over]))
             waiting = [game for game in games if not game.over]
-            if not waiting:
+            if not anywhere(bool(waiting)):
                 break
             _next_turns(engine, waiting, sampling, seed)
     rollouts.update({game.place: _finish(game) for game in games})
@@ -69,7 +77,7 @@ def play(
 
 
 def _new_games(
-    prompts: Sequence[Prompt], domains: Mapping[str, DomainSpec], find: FindEnvironment, samples: int, seed: int
+    prompts: Sequence[Prompt], domains: Mapping[str, DomainSpec], find: FindEnvironment, samples: int
 ) -> list[_Game]:
     games = []
     for index, prompt in enumerate(prompts):
@@ -78,7 +86,7 @@ def _new_games(
             continue
         environment = find(spec)
         for sample in range(samples):
-            identity, start = f"{seed}/{prompt.id}#{sample}", Transcript.begin(prompt, sample)
+            identity, start = f"{prompt.id}#{sample}-{secrets.token_hex(8)}", Transcript.begin(prompt, sample)
             games.append(_Game(index * samples + sample, identity, spec, environment, start, Episode(turns=0)))
     return games
 
@@ -87,6 +95,7 @@ def _first_turns(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     games: Sequence[_Game],
+    anywhere: Anywhere,
     *,
     samples: int,
     sampling: Sampling,
@@ -94,7 +103,7 @@ def _first_turns(
 ) -> dict[int, Rollout]:
     """Let all prompts be answered in one batch; returns the rollouts of those without an environment, by place.
 
-    Only episodes whose environment has said something first go by themselves: their prompts are not shared.
+    Only prompts to which an environment has said something first go by themselves: their samples share them no more.
     """
     by_place = {game.place: game for game in games}
     alone = {
@@ -103,9 +112,7 @@ def _first_turns(
         if len(game.transcript.token_ids) > len(game.transcript.prompt.token_ids)
     }
     shared = [index for index in range(len(prompts)) if index not in alone]
-    answers = (
-        engine.generate([prompts[i] for i in shared], samples=samples, sampling=sampling, seed=seed) if shared else []
-    )
+    answers = engine.generate([prompts[i] for i in shared], samples=samples, sampling=sampling, seed=seed)
     plain = {}
     for number, answer in enumerate(answers):
         place = shared[number // samples] * samples + number % samples
@@ -113,14 +120,13 @@ def _first_turns(
             by_place[place].transcript = by_place[place].transcript.with_turn(answer)
         else:
             plain[place] = answer
-    _next_turns(engine, [game for game in games if game.place // samples in alone], sampling, seed)
+    if anywhere(bool(alone)):
+        _next_turns(engine, [game for game in games if game.place // samples in alone], sampling, seed)
     return plain
 
 
 def _next_turns(engine: RolloutEngine, games: Sequence[_Game], sampling: Sampling, seed: int) -> None:
     """One turn of each, in one batch."""
-    if not games:
-        return
     questions = []
     for game in games:
         transcript = game.transcript
@@ -135,18 +141,23 @@ def _reset(game: _Game, seed: int) -> None:
     """Begin; where the environment fails, the student still gives its one answer, for a rollout is never empty."""
     prompt, sample = game.transcript.prompt, game.transcript.sample
     observation = _ask(game, lambda seconds: game.environment.reset(game.identity, prompt, sample, seed, seconds))
-    if observation is not None and len(observation.token_ids) < game.transcript.room:
-        game.transcript = game.transcript.with_observation(observation.token_ids)
+    if observation is None:
+        return
+    if len(observation.token_ids) >= game.transcript.room:
+        game.environment.close(game.identity)
+        return game.end("room")
+    game.transcript = game.transcript.with_observation(observation.token_ids)
 
 
 def _step(game: _Game) -> None:
-    """Show the environment the last turn, and take in what it says."""
-    if game.over:
-        return
+    """Show the environment the last turn, and take in what it says. A turn that was cut off is not shown."""
     transcript, last = game.transcript, game.transcript.turns[-1]
     if last.finish_reason == "length":
         game.environment.close(game.identity)
         return game.end("room")
+    if game.episode.seconds >= game.spec.episode_seconds:  # used up before the first turn
+        game.environment.close(game.identity)
+        return game.end("time")
     number, before = len(transcript.turns) - 1, int(last.loss_mask.argmax())
     turn = Turn(token_ids=last.token_ids[before:], number=number, room=transcript.room)
     observation = _ask(game, lambda seconds: game.environment.step(game.identity, turn, seconds))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 
 from megatron_mopd.environments.calls import Call, find_calls
-from megatron_mopd.environments.chat import TurnFormat
+from megatron_mopd.environments.chat import TEXT_PER_TOKEN, TurnFormat
 from megatron_mopd.environments.config import EnvironmentSpec
 from megatron_mopd.environments.protocol import EnvironmentFailure, Observation, Turn
 from megatron_mopd.environments.sandbox import Sandbox, SandboxError, SandboxLimits, SandboxResult
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Prompt
 
-BYTES_PER_TOKEN = 16
-"""Output that is read for each token of `max_result_tokens`: enough for any tokenizer, and far from a flood."""
 _MEGABYTE = 1 << 20
 _ENDINGS = {
     "timeout": "[ended: it took too long]",
@@ -60,7 +58,7 @@ class PythonTool:
             seconds=seconds,
             memory_bytes=self._spec.memory_mb * _MEGABYTE,
             scratch_bytes=self._spec.scratch_mb * _MEGABYTE,
-            output_bytes=self._spec.max_result_tokens * BYTES_PER_TOKEN,
+            output_bytes=self._spec.max_result_tokens * TEXT_PER_TOKEN,
         )
         try:
             result = self._sandbox.run(call.code, limits)

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,7 +38,7 @@ class Endpoint:
         EnvironmentFailure; the key is in no message.
         """
         deadline = time.monotonic() + seconds
-        data = json.dumps(body, default=str).encode()
+        data = json.dumps(_plain(body), default=str).encode()
         for attempt in range(self.retries + 1):
             last = attempt == self.retries
             try:
@@ -66,9 +70,16 @@ class Endpoint:
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         try:
-            connection.request("POST", parts.path.rstrip("/") + path, data, headers)
-            response = connection.getresponse()
-            return response.status, _read_body(connection, response, deadline)
+            connection.connect()
+            with _cut_off(connection.sock, deadline):
+                connection.request("POST", parts.path.rstrip("/") + path, data, headers)
+                response = connection.getresponse()
+                body = _read_body(response)
+            _left(deadline)  # what was cut off can look like the end of the answer
+            return response.status, body
+        except (OSError, http.client.HTTPException):
+            _left(deadline)  # that it took too long says more than how it broke
+            raise
         finally:
             connection.close()
 
@@ -83,20 +94,37 @@ class Endpoint:
         return tree
 
 
-def _read_body(connection: http.client.HTTPConnection, response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """All of it: a socket's own limit is for each piece, and a trickle would never meet it."""
-    body = b""
-    while piece := response.read1(1 << 16):
-        body += piece
-        if len(body) > MAX_ANSWER_BYTES:
-            raise EnvironmentFailure("bad_answer", f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
-        if connection.sock is not None:
-            connection.sock.settimeout(_left(deadline))
-        elif time.monotonic() >= deadline:
-            raise TimeoutError
+def _read_body(response: http.client.HTTPResponse) -> bytes:
+    body = response.read(MAX_ANSWER_BYTES + 1)
+    if len(body) > MAX_ANSWER_BYTES:
+        raise EnvironmentFailure("bad_answer", f"an answer of more than {MAX_ANSWER_BYTES >> 20} MiB")
     if response.length:
         raise http.client.IncompleteRead(body, response.length)
     return body
+
+
+@contextmanager
+def _cut_off(connected: socket.socket, deadline: float) -> Iterator[None]:
+    """Shut the connection at the deadline: a socket's own limit is for each piece, and a trickle never meets it."""
+
+    def shut() -> None:
+        with suppress(OSError):  # it is closed already
+            socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+    timer = threading.Timer(_left(deadline), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _plain(value: Any) -> Any:
+    """With keys that JSON knows: a reasoning-gym entry may hold others."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _left(deadline: float) -> float:

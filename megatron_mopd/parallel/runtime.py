@@ -71,7 +71,9 @@ class World:
         return received[0]
 
     def any(self, flag: bool) -> bool:
-        """True on every rank when it is true on one."""
+        """True on every rank when it is true on one. Collective."""
+        if self.size == 1:
+            return flag
         tensor = torch.tensor([int(flag)], device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())

@@ -93,6 +93,7 @@ class Collector:
             [prompts[index] for index in own],
             domains or self._config.domains,
             self._environments.find,
+            self._world.any,
             samples=samples or spec.samples_per_prompt,
             sampling=sampling,
             seed=seed,
