@@ -10,7 +10,14 @@ from typing import get_args
 import pytest
 
 from megatron_mopd.config import load_config
-from megatron_mopd.method_config import IMPORTANCE_BOUNDS, KINDS, Divergence, ImportanceSpec, ObjectiveSpec
+from megatron_mopd.method_config import (
+    IMPORTANCE_BOUNDS,
+    KINDS,
+    Divergence,
+    DomainWeightsSpec,
+    ImportanceSpec,
+    ObjectiveSpec,
+)
 from megatron_mopd.plan.compute import LOSS_PRODUCTS, SCORE_PRODUCTS
 from megatron_mopd.student.step import IMPORTANCE_METRICS, METRICS
 
@@ -26,7 +33,9 @@ def row(first: str) -> list[str]:
 
 
 def test_every_kind_divergence_option_and_metric_is_there() -> None:
-    options = [field.name for spec in (ObjectiveSpec, ImportanceSpec) for field in dataclasses.fields(spec)]
+    options = [
+        field.name for spec in (ObjectiveSpec, ImportanceSpec, DomainWeightsSpec) for field in dataclasses.fields(spec)
+    ]
     metrics = [name for names in METRICS.values() for name in names]
     for name in (*options, *metrics, *IMPORTANCE_METRICS, *get_args(Divergence), *LOSS_PRODUCTS):
         assert f"`{name}" in PAGE, name
