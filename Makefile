@@ -48,6 +48,9 @@ lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy megatron_mopd kernels
 
+docs: $(STAMP)  ## Write docs/configuration.md from the dataclasses
+	@$(BIN)/python -m megatron_mopd.configuration
+
 clean:  ## Remove .venv, .venv-sglang and caches (runs/ stays)
 	rm -rf $(VENV) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -186,8 +186,9 @@ and FLOPs of a step, and the least time and GPU-hours by data-sheet ceilings. Pa
 Megatron model, built without memory; no GPU is touched and nothing is downloaded.
 
 Every figure says how it was obtained: counted, formula, measured, assumed, given, or ceiling (at best; nothing ran at
-that speed). A model that is not here yet: a folder `model` beside CONFIG stands for it, or --model. Without --gpus,
-the fewest ranks of the layout; without --device, H100s for bfloat16 and this machine's cores for float32.
+that speed). A model that is not here yet: a folder `model` beside CONFIG or above it stands for it, or --model.
+Without --gpus, the fewest ranks of the layout; without --device, H100s for bfloat16 and this machine's cores for
+float32.
 """
 
 PLAN_EPILOG = """\

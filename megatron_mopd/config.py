@@ -16,6 +16,7 @@ from typing import Literal
 from megatron_mopd.data_config import BenchmarkSpec, DomainSpec, EvalSpec, SourceSpec, Split
 from megatron_mopd.environments.config import EnvironmentSpec
 from megatron_mopd.method_config import ObjectiveSpec, Stage, check_method, sequential_steps
+from megatron_mopd.optim_config import OptimSpec
 from megatron_mopd.rollout_config import LaunchSpec, RolloutSpec, SglangSpec
 from megatron_mopd.teacher_config import TeacherMemorySpec, TeacherSpec
 from megatron_mopd.yaml_config import (
@@ -95,40 +96,13 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimSpec:
-    """AdamW through Megatron's distributed optimizer."""
-
-    lr: float
-    min_lr: float = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """From `lr` after the warm-up to `min_lr` at the last step."""
-    warmup_steps: int = 0
-    clip_grad: float = 1.0
-    """Global norm; 0 switches clipping off."""
-    weight_decay: float = 0.0
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1.0e-8
-    updates_per_step: int = 1
-    """Optimizer updates per batch of rollouts; 1 is strictly on-policy."""
-    max_tokens_per_microbatch: int = 16384
-    freeze_router: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.lr > 0, "lr: must be > 0")
-        require(0 <= self.min_lr <= self.lr, "min_lr: must be in [0, lr]")
-        require(self.warmup_steps >= 0, "warmup_steps: must be >= 0")
-        require(self.clip_grad >= 0, "clip_grad: must be >= 0 (0 is off)")
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas: two numbers in [0, 1)")
-        require(self.updates_per_step >= 1, "updates_per_step: must be >= 1")
-        require(self.max_tokens_per_microbatch >= 1, "max_tokens_per_microbatch: must be >= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
     """Degrees of parallelism. Data parallel is what is left: world / (tensor * pipeline)."""
 
     tensor: int = 1
+    """Ranks that share every matrix, with sequence parallelism; must divide the key/value heads."""
     pipeline: int = 1
+    """Stages; must divide the layers."""
     expert: int = 1
     """Expert parallel ranks; they lie in the tensor x data ranks of a pipeline stage."""
     ranks: int | None = None
@@ -155,6 +129,7 @@ class CheckpointSpec:
     every: int = 20
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
+    """Older ones are removed once a newer one is complete."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "every: must be >= 1")
@@ -164,6 +139,7 @@ class CheckpointSpec:
 @dataclass(frozen=True, kw_only=True)
 class LogSpec:
     tensorboard: bool = True
+    """Write `tensorboard/` beside `metrics.jsonl` in the run folder."""
     wandb: str | None = None
     """Project name; needs the wandb package."""
 
@@ -171,14 +147,20 @@ class LogSpec:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     run_dir: str
+    """Folder of the run, made if need be; called again on it, the run goes on from its newest checkpoint."""
     stage: Stage
+    """sft: learn from reference answers · rl: from verified rewards (GRPO); makes a teacher · mopd: from one teacher
+    per domain, on the student's own answers."""
     steps: int
+    """In all, those before a resumption among them."""
     prompts_per_step: int
+    """Over all domains; each is answered `rollout.samples_per_prompt` times."""
     model: ModelSpec
     domains: dict[str, DomainSpec]
     optim: OptimSpec
     objective: ObjectiveSpec
     seed: int = 0
+    """Of the prompts' order, of what is sampled, and of random weights."""
     domain_schedule: Literal["mixed", "sequential"] = "mixed"
     """mixed: all domains in every step, by `weight` · sequential: one domain after another in this file's order,
     `weight` shares out the steps (Cascade RL)."""

@@ -25,6 +25,7 @@ class SourceSpec:
     validation: str | None = None
     """JSONL file to choose hyper-parameters with; default: the tenth of `jsonl` whose prompts hash to 1 mod 10."""
     params: dict[str, Any] = field(default_factory=dict, metadata=REST)
+    """`reasoning_gym`: a parameter of the task."""
 
     def __post_init__(self) -> None:
         given = [name for name in (self.reasoning_gym, self.jsonl) if name is not None]
@@ -54,9 +55,11 @@ class DomainSpec:
     max_prompt_tokens: int = 2048
     """Longer prompts are left out and counted, never cut."""
     max_response_tokens: int = 32768
+    """Longer answers are cut there, and counted (`truncation_rate`)."""
     wrong_answers: float = 0.0
     """`sft` stage: share of reference answers that are replaced by another item's, to leave RL something to do."""
     system_prompt: str | None = None
+    """Put before every prompt of the domain; null: none."""
     environment: EnvironmentSpec | None = None
     """Several turns, with a tool or an agent environment in between; null: one answer."""
 

@@ -40,9 +40,11 @@ class ImportanceSpec:
     """Weights p_train / mu for rollouts whose engine is not quite the trainer's model; see importance.py."""
 
     kind: Literal["none", "icepop", "tis", "sequence_tis", "sequence_mis", "geometric"] = "none"
+    """icepop, tis: per token · the others: per sequence. Formulas: docs/objectives.md."""
     low: float | None = None
     """Default: the kind's usual one."""
     high: float | None = None
+    """As `low`."""
 
     def __post_init__(self) -> None:
         low, high = self.bounds
@@ -86,6 +88,7 @@ class ObjectiveSpec:
     """What is minimised. `stage` decides which kinds are allowed."""
 
     kind: Kind = "sampled"
+    """Stage sft: cross_entropy · rl: grpo · mopd: sampled, teacher_topk or full_vocab. See docs/objectives.md."""
     aggregation: Literal["sequence", "token"] = "sequence"
     """sequence: mean over tokens, then over sequences (the papers) · token: mean over all tokens."""
     advantage_clip: float = 5.0
@@ -108,6 +111,7 @@ class ObjectiveSpec:
     domain_weights: DomainWeightsSpec = field(default_factory=DomainWeightsSpec)
     """Stage mopd: how much each domain counts."""
     clip_low: float = 0.2
+    """`grpo`: the ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = 0.28
     """`grpo`: the ratio is clipped to [1 - clip_low, 1 + clip_high] (DAPO's clip-higher)."""
     normalise_by_std: bool = True

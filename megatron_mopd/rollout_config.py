@@ -24,6 +24,7 @@ class LaunchSpec:
     servers: int = 1
     """How many, each with the whole model: data parallelism. Each takes `tensor` GPUs of its own."""
     tensor: int = 1
+    """GPUs that share one copy of the model."""
     expert: int = 1
     """Expert parallel ranks, within the tensor parallel ones."""
     python: str = ".venv-sglang/bin/python"
@@ -101,8 +102,11 @@ class RolloutSpec:
     updates see, and the same as off with one update a step. Weights of the experts and the routers' gradient are
     always those of the student's present scores; teachers always route freely."""
     samples_per_prompt: int = 1
+    """Answers to each prompt; `grpo` compares them with each other."""
     temperature: float = 1.0
+    """0 is greedy."""
     top_p: float = 1.0
+    """1: no limit."""
     top_k: int = 0
     """0: no limit."""
     batch_size: int = 256

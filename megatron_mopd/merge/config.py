@@ -24,6 +24,8 @@ class MergeConfig:
     models: dict[str, str]
     """Name -> folder or Hub name with safetensors, or a checkpoint of this program. `dare` draws by these names."""
     method: Method
+    """average: of the weights · the others add task vectors (model - base) to the base: task_arithmetic (arXiv
+    2212.04089), ties (2306.01708), dare and dare_ties (2311.03099), sce (2408.07990)."""
     base: str | None = None
     """What the models were trained from; gives config.json and the tokenizer. Only `average` can do without."""
     weights: dict[str, float] | None = None

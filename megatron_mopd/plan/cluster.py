@@ -67,9 +67,11 @@ DEVICES: Mapping[DeviceName, Device] = {
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     gpus: int
-    """Ranks of training: GPUs, or processes where the device is a CPU."""
+    """Ranks of training: GPUs, or processes where the device is a CPU; left out, the fewest of the layout."""
     gpus_per_node: int = 8
+    """GPUs, or ranks on a CPU, of one machine."""
     device: DeviceName = "h100"
+    """Whose data-sheet ceilings count."""
     gpu_memory_gb: float | None = None
     """Per GPU; default: the data sheet's. On a CPU: of the whole machine."""
     host_memory_gb: float | None = None
@@ -83,6 +85,7 @@ class ClusterSpec:
     rollout_tensor: int = 1
     """GPUs that hold one copy of the student there."""
     price_per_gpu_hour: float | None = None
+    """In whatever currency; null: no cost is given."""
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, "gpus: must be >= 1")

@@ -126,7 +126,7 @@ def stage_memory(setting: Setting, packing: Packing, stage: int) -> StageMemory:
         gradients=shard.total * GRADIENT_BYTES,
         optimizer=sharded * optimizer_bytes_per_parameter(b),
         # On a CPU the slot points into the store of teachers: no memory of its own (it is counted as host memory).
-        teacher_slots=0 if local else in_slot * b,
+        teacher_slots=0 if local else in_slot * b * config.teacher_memory.buffers,
         teacher_heads=_teacher_heads(setting) if last else 0,
         rollout_weights=rollout.weights if here else 0,
         rollout_cache=rollout.cache if here else 0,

@@ -69,7 +69,7 @@ def published(name: str) -> Shapes:
 
 
 def student_shapes(config: RunConfig, file: Path, model: str | None) -> Shapes:
-    """`--model` if given, else the model of the configuration if it is here, else `model/` beside the file.
+    """`--model` if given, else the model of the configuration if it is here, else `model/` beside the file or above.
 
     Never asks the Hub: a plan downloads nothing. Raises ConfigError.
     """
@@ -82,11 +82,12 @@ def student_shapes(config: RunConfig, file: Path, model: str | None) -> Shapes:
             raise ConfigError(f"--model {model}: no folder with config.json, and none of the published: {names}")
         return Shapes(read_architecture(folder), str(folder))
     source = config.model.source
-    for folder in (_folder(source), _folder(str(file.parent / "model"))):
+    for name in (source, str(file.parent / "model"), str(file.parent.parent / "model")):
+        folder = _folder(name)
         if folder is not None:
             return Shapes(read_architecture(folder), str(folder))
     raise ConfigError(
-        f"model: {source} is not here, nor a folder `model` beside {file}; name the shapes: "
+        f"model: {source} is not here, nor a folder `model` beside {file} or above it; name the shapes: "
         f"--model FOLDER, or --model {' or '.join(PUBLISHED)}"
     )
 

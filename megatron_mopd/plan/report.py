@@ -96,7 +96,7 @@ _PARTS: tuple[tuple[str, str, str], ...] = (
     ("weights", "student: weights", "parameters of the shard x bytes"),
     ("gradients", "student: gradients", f"{GRADIENT_BYTES} bytes (fp32) x parameters of the shard"),
     ("optimizer", "student: optimizer", "distributed over data parallel, experts over their own ranks"),
-    ("teacher_slots", "teachers: one slot a shape", "parameters of the shard x bytes, whatever their number"),
+    ("teacher_slots", "teachers: one slot a shape", "parameters of the shard x bytes x teacher_memory.buffers"),
     ("rollout_weights", "in-process engine: a whole student", "all parameters x bytes on every rank"),
     ("rollout_cache", "answering: cache", "batch_size sequences at their longest, while the cache grows"),
     ("rollout_prefill", "answering: prompts and logits", "prefill of up to 16,384 tokens, logits in fp32"),

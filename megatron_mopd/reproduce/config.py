@@ -68,6 +68,7 @@ class MethodSpec(NodeSpec):
     """A row of the table: its last node, whose model is evaluated, and those that only this method needs before."""
 
     family: Family
+    """Its group in the report; a merge generates no rollouts of its own."""
     label: str | None = None
     """In tables and plots; default: the method's name."""
     rollouts: int | None = None
@@ -88,7 +89,9 @@ class EvaluationSpec:
     runs, so that none of them trains on the held-out prompts."""
 
     config: str
+    """The run's file."""
     overrides: tuple[str, ...] = ()
+    """`key.path=value`, as on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,7 @@ class TuneSpec:
     trials: dict[str, tuple[tuple[str, ...], ...]]
     """Method -> trials; a trial is a list of `key.path=value` for the method's last node."""
     seed: int = 1000
+    """Not one of `seeds`."""
 
     def __post_init__(self) -> None:
         counts = {method: len(trials) for method, trials in self.trials.items()}
@@ -124,7 +128,9 @@ class ScalingSpec:
     """The methods named here are repeated with the first n domains of the evaluation's file, and their teachers."""
 
     teachers: tuple[int, ...]
+    """The numbers n."""
     methods: tuple[str, ...]
+    """Keys of the file's `methods`."""
 
     def __post_init__(self) -> None:
         require(bool(self.teachers) and bool(self.methods), "teachers, methods: name at least one of each")
@@ -137,8 +143,11 @@ class ScalingSpec:
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
     run_dir: str
+    """Folder of all results."""
     title: str
+    """Of the report."""
     seeds: tuple[int, ...]
+    """Every node is made once for each."""
     base: NodeSpec
     teachers: dict[str, NodeSpec]
     methods: dict[str, MethodSpec]

@@ -100,6 +100,7 @@ def _node(reference: str, spec: NodeSpec, config: ReproduceConfig, evaluation: R
     overrides = [*config.overrides, *spec.overrides, f"seed={seed}", "run_dir=node"]
     if spec.sample is not None:  # the file may be that of the run which reads the dataset
         overrides += ["rollout.engine=in_process", "rollout.dataset=null", "rollout.sglang=null"]
+        overrides += ["rollout.routing_replay=off"]
     elif spec.dataset is not None:
         overrides += ["rollout.dataset=node"]
     run = _load_run(spec.file, overrides, key, spec, evaluation)

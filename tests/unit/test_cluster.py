@@ -127,6 +127,7 @@ def test_the_chain_of_the_tiny_study() -> None:
         "teacher",
         "sft",
         "rl_math",
+        "-",
         "run",
         str(ROOT / "configs/tiny/rl_math.yaml"),
         "steps=3",

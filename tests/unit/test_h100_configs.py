@@ -21,7 +21,9 @@ from megatron_mopd.yaml_config import ConfigError, to_tree
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("configs/qwen3_30b_a3b")
-RUNS = ("sft", "rl_math", "rl_if", "rl_swe", "mix_rl", "mopd")
+RUNS = ("sft", "teacher_math", "teacher_if", "teacher_swe", "mix_rl", "cascade_rl", "off_policy", "mopd", "eval")
+SERVED = ("teacher_math", "teacher_if", "teacher_swe", "mix_rl", "cascade_rl", "mopd")
+"""Those whose answers SGLang samples."""
 WORLDS = (8, 64)
 """Ranks: the fewest of the layout, one machine's; and those that README.md counts with."""
 
@@ -50,7 +52,8 @@ RL: dict[str, Any] = {
     "objective.dynamic_sampling": True,
     "objective.clip_low": 0.2,
     "objective.clip_high": 0.28,
-    "rollout.engine": "in_process",
+    "rollout.engine": "sglang",
+    "rollout.routing_replay": "R3",
     "rollout.samples_per_prompt": 8,
     "rollout.temperature": 1.0,
     "rollout.top_p": 1.0,
@@ -70,7 +73,8 @@ MOPD: dict[str, Any] = {
     "optim.lr": 2e-6,
     "optim.warmup_steps": 30,
 }
-ON_POLICY = {**MOPD, "rollout.engine": "in_process"}
+ON_POLICY = {**MOPD, "rollout.engine": "sglang", "rollout.routing_replay": "R3"}
+SAMPLED = {**MOPD, "rollout.engine": "in_process"}
 OFF_POLICY = {**MOPD, "rollout.engine": "dataset"}
 NODES: dict[str, dict[str, Any]] = {
     "base": {"stage": "sft", "objective.kind": "cross_entropy", "rollout.engine": "in_process", "steps": 2000},
@@ -81,9 +85,9 @@ NODES: dict[str, dict[str, Any]] = {
     "cascade_rl.if": {**TEACHER, "prompts_per_step": 144, "steps": 152},
     "cascade_rl.math": {**TEACHER, "prompts_per_step": 144, "steps": 152},
     "cascade_rl": {**TEACHER, "prompts_per_step": 80, "steps": 234},
-    "off_policy.sample": ON_POLICY,
+    "off_policy.sample": SAMPLED,
     "off_policy": {**OFF_POLICY, "stage": "sft", "objective.kind": "cross_entropy", "optim.schedule": "constant"},
-    "off_policy_kl.sample": ON_POLICY,
+    "off_policy_kl.sample": SAMPLED,
     "off_policy_kl": {**OFF_POLICY, "objective.kind": "full_vocab", "objective.divergence": "forward_kl"},
     "mopd_sampled": {**ON_POLICY, "objective.kind": "sampled", "objective.advantage_clip": 5.0},
     "mopd_topk": {**ON_POLICY, "objective.kind": "teacher_topk", "objective.top_k": 64},
@@ -186,7 +190,9 @@ def test_files_agree_in_domains_evaluation_and_base(name: str) -> None:
     config, mopd = load(name), load("mopd")
     assert config.evaluation == mopd.evaluation
     assert config.run_dir == f"runs/qwen3_30b_a3b/{name}"
-    assert (config.parallel, config.rollout.engine) == (mopd.parallel, "in_process")
+    layout = (config.parallel.tensor, config.parallel.expert)
+    assert layout == (mopd.parallel.tensor, mopd.parallel.expert)
+    assert config.rollout.sglang == (mopd.rollout.sglang if name in SERVED else None)
     if name == "sft":
         assert config.model.checkpoint == "models/Qwen3-30B-A3B-Base"
         return
@@ -195,7 +201,7 @@ def test_files_agree_in_domains_evaluation_and_base(name: str) -> None:
         assert spec == replace(mopd.domains[domain], teacher=spec.teacher, weight=spec.weight)
 
 
-@pytest.mark.parametrize("name", ["sft", "mix_rl", "mopd"])
+@pytest.mark.parametrize("name", ["sft", "mix_rl", "off_policy", "mopd"])
 def test_domains_are_mixed_as_in_the_paper(name: str) -> None:
     assert load(name).domain_shares(0) == pytest.approx(MIX)
 
@@ -216,7 +222,7 @@ def test_merges_are_of_the_three_teachers(method: str) -> None:
     spec = load_reproduce_config(ROOT / FOLDER / "reproduce.yaml").methods[method]
     merge = load_merge_config(ROOT / spec.file, spec.overrides)
     assert merge.method == method
-    teachers = {name: f"runs/qwen3_30b_a3b/rl_{name}/checkpoints/latest" for name in MIX}
+    teachers = {name: f"runs/qwen3_30b_a3b/teacher_{name}/checkpoints/latest" for name in MIX}
     assert (merge.base, merge.models) == ("runs/qwen3_30b_a3b/sft/checkpoints/latest", teachers)
     recipe = merge.recipe()
     densities = {"ties": 0.2, "dare_ties": 0.8, "sce": 0.1}
@@ -235,17 +241,17 @@ def test_layout_fits_the_model(name: str, world: int, project: Path) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_what_can_be_checked_without_weights_passes(name: str, project: Path) -> None:
-    has_command = name in ("rl_swe", "mix_rl", "mopd")
+    has_command = "swe" in load(name).domains and name != "sft"
     config = load(name, *NOT_HERE, *(['domains.swe.command=["true"]'] if has_command else []))
     check_beforehand(config, project / "models" / "Qwen3-30B-A3B-Base", WORLDS[-1])
 
 
 def test_the_published_positions_are_too_few_for_swe(project: Path) -> None:
     folder = write_model(project / "published", QWEN3_30B_A3B | {"max_position_embeddings": 32768})
-    check_beforehand(load("rl_math", *NOT_HERE, "evaluation.benchmarks.swe_bench_verified.max_response_tokens=1"),
+    check_beforehand(load("teacher_math", *NOT_HERE, "evaluation.benchmarks.swe_bench_verified.max_response_tokens=1"),
                      folder, WORLDS[-1])  # fmt: skip
     with pytest.raises(ConfigError, match=r"domains\.swe: max_prompt_tokens 8192 \+ max_response_tokens 57344 exceed"):
-        check_beforehand(load("rl_swe", *NOT_HERE), folder, WORLDS[-1])
+        check_beforehand(load("teacher_swe", *NOT_HERE), folder, WORLDS[-1])
 
 
 def test_dry_run_prints_the_graph(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +272,8 @@ def test_dry_run_names_the_file_that_is_missing(project: Path, capsys: pytest.Ca
 
 def test_every_number_has_its_source() -> None:
     number = re.compile(r"(?:: |=|\[)-?\d")
-    for file in sorted((ROOT / FOLDER).glob("*.yaml")):
+    files = [*(ROOT / FOLDER).rglob("*.yaml"), *(ROOT / "configs" / "recipes").rglob("*.yaml")]
+    for file in sorted(files):
         for line, text in enumerate(file.read_text().splitlines(), start=1):
             value, _, comment = text.partition(" #")
             if number.search(value) and not text.startswith(("#", "run_dir:")):
@@ -282,5 +289,5 @@ def test_readme_names_every_file_that_must_be_there() -> None:
         sources |= {str(task.source.jsonl) for task in config.evaluation.benchmarks.values()}
     assert sources == {f"data/{name}.jsonl" for name in data_files()}
     assert [source for source in sorted(sources) if f"`{source}`" not in text] == []
-    assert to_tree(load("rl_swe"))["domains"]["swe"]["command"][1] == "data/score_r2e.py"
+    assert to_tree(load("teacher_swe"))["domains"]["swe"]["command"][1] == "data/score_r2e.py"
     assert "`data/score_r2e.py`" in text

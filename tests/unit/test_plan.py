@@ -47,6 +47,9 @@ def setting_of(file: Path, *overrides: str, ranks: int, servers: bool = False) -
 
 
 def h100(*overrides: str, ranks: int = 64, servers: bool = True) -> Setting:
+    """Without servers, answers come from the engine in the process."""
+    if not servers:
+        overrides = (*overrides, "rollout.engine=in_process", "rollout.sglang=null", "rollout.routing_replay=off")
     return setting_of(H100 / "mopd.yaml", *overrides, ranks=ranks, servers=servers)
 
 
@@ -151,13 +154,16 @@ def test_full_vocabulary_scores_grow_with_the_answers_and_are_on_every_tensor_ra
     assert stage_memory(full, full.packing, 0).teacher_scores == rows * 2048 * 2
     assert stage_memory(sampled, sampled.packing, 0).teacher_scores == rows * 4
     assert rows >= 2048 * (0.7 * 30_720 + 0.3 * 57_344) / 16 * 0.99
+    two = h100("teacher_memory.buffers=2")
+    assert stage_memory(two, two.packing, 0).teacher_slots == 2 * stage_memory(two, two.packing, 0).weights
     heads = stage_memory(full, full.packing, 0).teacher_heads
     assert heads == 3 * (151_936 // 4) * 2048 * 2
 
 
 def test_only_what_generates_or_is_evaluated_holds_an_engine() -> None:
-    engines = {name: setting_of(H100 / f"{name}.yaml", ranks=64).engine_here for name in ("sft", "rl_math", "mopd")}
-    assert engines == {"sft": False, "rl_math": True, "mopd": True}
+    engines = {name: setting_of(H100 / f"{name}.yaml", ranks=64).engine_here for name in ("sft", "teacher_math")}
+    assert engines == {"sft": False, "teacher_math": False}  # servers answer
+    assert h100(servers=False).engine_here
     assert not h100(servers=True).engine_here
 
 
