@@ -113,6 +113,11 @@ def check_method(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -
             raise ConfigError("rollout.temperature: group-normalised rewards need temperature > 0")
     if rollout.engine == "sglang" and stage == "sft":
         raise ConfigError("rollout.engine: stage 'sft' learns reference answers and samples none; remove it")
+    if rollout.lag and objective.dynamic_sampling:
+        raise ConfigError(
+            "rollout.lag: objective.dynamic_sampling draws more prompts once it has seen a step's rewards, too late to "
+            "sample ahead; set lag: 0, or dynamic_sampling: false"
+        )
     if rollout.engine == "dataset":
         _check_dataset(stage, objective, rollout)
     _check_unused(stage, objective, rollout)
