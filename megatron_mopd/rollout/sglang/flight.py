@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
+from megatron_mopd.rollout.engine import RolloutFailure
 from megatron_mopd.rollout.sglang.client import Answer, Dispatcher, Request
 from megatron_mopd.rollout.sglang.protocol import Part
 from megatron_mopd.types import Prompt, Rollout
@@ -38,6 +39,7 @@ class Flight:
         self._questions: dict[str, _Question] = {}
         self._answered: list[str] = []
         self._running = 0
+        self._stopping = False
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         """Guards all of the above: answers come in the dispatcher's thread."""
@@ -63,9 +65,11 @@ class Flight:
 
     def stop(self) -> None:
         """Nothing is under way after it; `resume` goes on from what there is."""
+        self._stopping = True
         self._dispatcher.stop()
         with self._changed:
             self._changed.wait_for(lambda: self._running == 0)
+            self._stopping = False
             self._raise_failure()
 
     def resume(self) -> None:
@@ -108,8 +112,13 @@ class Flight:
                 question.answers[sample] = answer
                 if len(question.answers) == self._samples:
                     self._answered.append(identity)
-            else:
+            elif self._stopping:
                 question.kept[sample] = answer or kept
+            else:
+                self._failure = RolloutFailure(
+                    f"rollout.sglang: prompt {identity}: its answer was ended early by somebody else; this run's "
+                    "servers are nobody else's"
+                )
 
     def _take(self, identity: str) -> list[Rollout]:
         self._answered.remove(identity)

@@ -142,7 +142,8 @@ def _read(answer: Any, prompt: Prompt, sample: int, contract: Contract, kept: Pa
     spans, token_ids = _spans(meta, before, total, contract), np.concatenate((kept.token_ids, tokens))
     response = token_ids[len(prompt.token_ids) :]
     # A stopped answer may have come to its end with its last token.
-    over = not stopped or response[-1] in contract.stop_ids or len(response) >= prompt.max_response_tokens
+    ends = bool(np.isin(response, contract.stop_ids).any()) or len(response) >= prompt.max_response_tokens
+    over = ends or not stopped
     reason = _finish("length" if stopped else _kind(meta), meta, response, prompt, contract) if over else None
     more = Part(
         token_ids=token_ids,
