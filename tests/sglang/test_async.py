@@ -81,18 +81,20 @@ def begin(trainer: Trainer, asked: Sequence[Any], seed: int = 4) -> None:
 
 
 def updated_under_way(config: RunConfig) -> dict[str, Any]:
-    """16 answers of 120 tokens, under way while the weights change."""
-    trainer, asked = Trainer(config), prompts(16, 120)
+    """32 answers of up to 200 tokens, under way while the weights change."""
+    trainer, asked = Trainer(config), prompts(32, 200)
     trainer.send(1)
     before = weights_of(trainer)
     found: dict[str, Any] = {}
     begin(trainer, asked)
-    time.sleep(0.7)
+    server = trainer.engine._pool.live[0].connection  # type: ignore[union-attr]
+    while server.get("/v1/loads?include=core")["loads"][0]["num_running_reqs"] < 32:
+        time.sleep(0.01)
     trainer.change()
     after = weights_of(trainer)
     trainer.send(2)
     found["under way after the update"] = trainer.engine._flight._running  # type: ignore[union-attr]
-    ids, rollouts = trainer.engine.take(everything(16))
+    ids, rollouts = trainer.engine.take(everything(32))
     found["ids"], found["asked"] = sorted(ids), sorted(prompt.id for prompt in asked)
     found["spans"] = [[(s.version, s.end - s.start) for s in rollout.weight_versions] for rollout in rollouts]
     found["versions"] = sorted({int(v) for rollout in rollouts for v in token_versions(rollout)})
