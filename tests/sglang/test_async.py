@@ -87,13 +87,14 @@ def updated_under_way(config: RunConfig) -> dict[str, Any]:
     before = weights_of(trainer)
     found: dict[str, Any] = {}
     begin(trainer, asked)
-    server = trainer.engine._pool.live[0].connection  # type: ignore[union-attr]
-    while server.get("/v1/loads?include=core")["loads"][0]["num_running_reqs"] < 32:
-        time.sleep(0.01)
+    flight = trainer.engine._flight
+    assert flight is not None
+    while not flight._answered:  # the shortest: the others are on their way
+        time.sleep(0.005)
     trainer.change()
     after = weights_of(trainer)
     trainer.send(2)
-    found["under way after the update"] = trainer.engine._flight._running  # type: ignore[union-attr]
+    found["under way after the update"] = flight._running
     ids, rollouts = trainer.engine.take(everything(32))
     found["ids"], found["asked"] = sorted(ids), sorted(prompt.id for prompt in asked)
     found["spans"] = [[(s.version, s.end - s.start) for s in rollout.weight_versions] for rollout in rollouts]
