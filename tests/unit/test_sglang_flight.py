@@ -34,11 +34,13 @@ class Counting:
     version: int = 1
     asked: list[list[int]] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
+    deaf_seconds: float = 0.0
     running: int = 0
     most: int = 0
 
     def reply(self, path: str, body: Any) -> tuple[int, Any] | None:
         if path == "/abort_request":
+            time.sleep(self.deaf_seconds)
             self.stopped.set()
             return 200, None
         if path != "/generate":
@@ -174,6 +176,20 @@ def test_what_is_stopped_goes_on_from_there_with_its_tokens_and_versions() -> No
         assert all(late[name].policy_version == (1 if name in both else 2) for name in late)
         # What is kept goes to the server as input, and is not sampled again.
         assert sum(len(given) - 2 for given in t.server.asked[asked:]) == kept
+
+
+def test_answers_that_end_while_they_are_told_to_stop_are_whole() -> None:
+    with trainer() as t:
+        t.server.deaf_seconds = 0.5
+        t.begin([5, 8])
+        while t.server.running < 2:
+            time.sleep(TICK / 10)
+        t.flight.stop()
+        assert t.stub.seen["/abort_request"] == 1
+        assert t.flight.kept_tokens == 0
+        assert names(t.flight.wait(first(2))) == ["a/0", "a/1"]
+        t.flight.stop()
+        assert t.stub.seen["/abort_request"] == 1
 
 
 def test_nothing_is_sent_while_an_update_holds_what_is_under_way() -> None:

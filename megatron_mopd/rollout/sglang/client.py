@@ -126,7 +126,8 @@ class Dispatcher:
             self._free.notify_all()
         while self._tasks:
             await self._tell_servers_to_stop()
-            await asyncio.wait(set(self._tasks), timeout=_STOP_SECONDS)
+            if self._tasks:  # they may have ended by themselves in the meantime
+                await asyncio.wait(set(self._tasks), timeout=_STOP_SECONDS)
         self._stopping = False
 
     async def _hold(self) -> None:
