@@ -213,6 +213,8 @@ class RunConfig:
                     f"domains.{name}.environment: only where the student answers by itself, in stage 'rl' or 'mopd' "
                     "without rollout.dataset; remove it"
                 )
+            if domain.environment is not None and self.rollout.lag:
+                raise ConfigError(f"rollout.lag: domains.{name}.environment plays in turns within a step; set lag to 0")
             if domain.wrong_answers > 0 and not self.reads_answers:
                 why = "the answers are those of rollout.dataset" if self.stage == "sft" else f"not '{self.stage}'"
                 raise ConfigError(f"domains.{name}.wrong_answers: only in stage 'sft', {why}")

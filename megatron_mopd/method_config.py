@@ -148,6 +148,11 @@ def check_method(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -
             f"rollout.routing_replay: {rollout.routing_replay} is for answers that the student samples, stage 'sft' "
             "learns reference answers; set it to off"
         )
+    if rollout.lag and objective.dynamic_sampling:
+        raise ConfigError(
+            "rollout.lag: objective.dynamic_sampling draws more prompts once it has seen a step's rewards, too late to "
+            "sample ahead; set lag: 0, or dynamic_sampling: false"
+        )
     if rollout.engine == "dataset":
         _check_dataset(stage, objective, rollout)
     _check_unused(stage, objective, rollout)

@@ -111,6 +111,16 @@ class RolloutSpec:
     """0: no limit."""
     batch_size: int = 256
     """`in_process`: sequences that one rank decodes together."""
+    lag: int = 0
+    """`sglang`: how many steps old the weights may be that a token was sampled with, when it is trained on. 0: strictly
+    on-policy, servers and trainer take turns · n: the next n steps' answers are sampled meanwhile. Set
+    `objective.importance` with it (icepop or tis): the answers are then of another policy than the one that learns."""
+    over_sample: float = 1.0
+    """`lag`: so many times `prompts_per_step` are begun, and a step ends with the first `prompts_per_step` that are
+    answered. The others are not dropped, which would favour short answers, but trained on within `lag` steps."""
+    partial: bool = False
+    """`over_sample`: answers that a step did not wait for stop where they are and go on in the next step, and nothing
+    is sampled during the update. Without it they go on during the update, which takes a `lag` of 2 or more."""
 
     def __post_init__(self) -> None:
         if self.engine == "dataset" and not self.dataset:
@@ -127,8 +137,36 @@ class RolloutSpec:
             raise ConfigError(
                 "routing_replay: R2 is for the student's own answers, not those of a dataset; set it to off"
             )
+        self._check_lag()
         require(self.samples_per_prompt >= 1, "samples_per_prompt: must be >= 1")
         require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
         require(0 < self.top_p <= 1, "top_p: must be in (0, 1]")
         require(self.top_k >= 0, "top_k: must be >= 0 (0 is no limit)")
         require(self.batch_size >= 1, "batch_size: must be >= 1")
+
+    def _check_lag(self) -> None:
+        require(self.lag >= 0, f"lag: must be >= 0 (0 is on-policy), got {self.lag}")
+        require(1.0 <= self.over_sample <= 2.0, f"over_sample: must be in [1, 2], got {self.over_sample:g}")
+        if self.lag and self.engine != "sglang":
+            raise ConfigError(
+                f"lag: {self.lag}, but engine '{self.engine}' cannot sample while the ranks train; "
+                "set engine: sglang, or lag: 0"
+            )
+        if self.partial and self.over_sample == 1:
+            raise ConfigError("partial: nothing is left unfinished with over_sample 1; raise that, or remove partial")
+        needed = 1 if self.partial else 2
+        if self.over_sample > 1 and self.lag < needed:
+            raise ConfigError(
+                f"over_sample: what a step leaves is trained on later, which needs lag >= {needed}"
+                f"{'' if self.partial else ' (1 with partial: true)'}, got {self.lag}; raise lag, or set it to 1"
+            )
+        overlaps = self.lag > 0 and not self.partial
+        if self.sglang is not None and self.sglang.sync.in_flight != "retract" and not overlaps:
+            raise ConfigError(
+                "sglang.sync.in_flight: no answer is under way during an update with lag 0 or partial; remove it"
+            )
+        if self.sglang is not None and self.sglang.sync.colocated and overlaps:
+            raise ConfigError(
+                f"lag: {self.lag}, but servers on the trainer's devices (sglang.sync.colocated) cannot sample while it "
+                "trains; set over_sample and partial: true, or lag: 0"
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from megatron_mopd.packing import pack_step
 from megatron_mopd.parallel.runtime import start_world, stop_world
 from megatron_mopd.preflight import Inputs, resolve_inputs
 from megatron_mopd.progress import Progress
+from megatron_mopd.rollout.ahead import Ahead
 from megatron_mopd.rollout.answers import ReferenceAnswers
 from megatron_mopd.rollout.collect import Collector, rollout_metrics
 from megatron_mopd.rollout.engine import RolloutEngine, RolloutFailure
@@ -36,6 +37,7 @@ from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.divergence import check_initial_divergence
 from megatron_mopd.teachers.manifest import check_same_teachers, teacher_manifest, teacher_weights
 from megatron_mopd.types import MicroBatch, Rollout, UpdateReport
+from megatron_mopd.yaml_config import ConfigError
 
 DONE = "DONE"
 
@@ -63,13 +65,14 @@ class Run:
         self.steps_saved = self.first_step
         self._factors: dict[str, float] = {}
         self.engine = self._training_engine()
-        self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world)
+        self.ahead = self._answered_ahead(latest)
+        self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world, self.ahead)
         # Where answers are looked up, the student samples only to be evaluated or measured.
         own_sampler = not config.generates and (config.evaluation.every > 0 or config.stage == "mopd")
         self._sampler = self._sampling_engine() if own_sampler else self.engine
         self.evaluator = Collector(config, self.mixer, self._sampler, self.inputs.tokenizer, self.world)
         self.engine.load_weights(self.student.hf_weights(), version=self.student.num_updates)
-        self._done = (self.first_step, self.mixer.state_dict())
+        self._done = (self.first_step, self._drawn())
 
     def __enter__(self) -> Self:
         self.world.on_main(lambda: save_config(self.config, self.folder / "config.yaml"))
@@ -171,7 +174,7 @@ class Run:
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
         self.log.step(step, metrics)
-        self._done = (step + 1, self.mixer.state_dict())
+        self._done = (step + 1, self._drawn())
         self.progress.update(step + 1, metrics)
         if self.config.evaluation.every and (step + 1) % self.config.evaluation.every == 0:
             self._evaluate(step + 1)
@@ -187,14 +190,14 @@ class Run:
     def is_checkpoint_due(self, steps_done: int) -> bool:
         return steps_done % self.config.checkpoint.every == 0 or steps_done == self.config.steps
 
-    def save(self, steps_done: int) -> None:
-        """Checkpoint everything that the rest of the run depends on. Collective."""
+    def save(self, steps_done: int, drawn: dict[str, Any] | None = None) -> None:
+        """Checkpoint everything that the rest of the run depends on. Collective. drawn: another than `_drawn()`."""
         state = {
             "run": self._identity,
             "num_updates": self.student.num_updates,
-            "mixer": self.mixer.state_dict(),
             "gaps": dict(self.gaps.gaps),
             "teachers": self._teacher_manifest,
+            **(drawn or self._drawn()),
         }
         checkpoint.save(
             self.folder,
@@ -215,8 +218,7 @@ class Run:
         """Save the steps that were done before a failure in which no rank was lost: a resume repeats none of them."""
         steps_done, drawn = self._done
         if steps_done > self.steps_saved:
-            self.mixer.load_state_dict(drawn)
-            self.save(steps_done)
+            self.save(steps_done, drawn)
         self.progress.note(f"{self.folder}: {steps_done} steps are saved; the same command goes on from there")
 
     def _mark_done(self) -> None:
@@ -235,6 +237,27 @@ class Run:
         self.mixer.load_state_dict(manifest.state["mixer"])
         self.gaps = DomainGaps(manifest.state.get("gaps", {}))
         return manifest.step
+
+    def _drawn(self) -> dict[str, Any]:
+        """Which prompts the steps done have trained on, as a checkpoint has it."""
+        if self.ahead is None:
+            return {"mixer": self.mixer.state_dict()}
+        ahead = self.ahead.state_dict()
+        return {"mixer": ahead.pop("cursors"), "ahead": ahead}
+
+    def _answered_ahead(self, latest: Path | None) -> Ahead | None:
+        saved = checkpoint.read_manifest(latest).state.get("ahead") if latest else None
+        if not self.config.rollout.lag:
+            if saved and saved["trained"]:
+                raise ConfigError(
+                    f"rollout.lag: {latest} has trained on prompts of later steps too; go on with the lag it had"
+                )
+            return None
+        assert isinstance(self.engine, SglangEngine)
+        ahead = Ahead(self.config, self.mixer, self.engine, self.first_step)
+        if saved:
+            ahead.load_state_dict(saved)
+        return ahead
 
     def _training_engine(self) -> RolloutEngine:
         if self.config.rollout.engine == "dataset":

@@ -16,6 +16,7 @@ from megatron_mopd.environments.metrics import episode_means
 from megatron_mopd.environments.opening import Environments
 from megatron_mopd.environments.play import play
 from megatron_mopd.parallel.runtime import World
+from megatron_mopd.rollout.ahead import Ahead
 from megatron_mopd.rollout.engine import RolloutEngine, Sampling
 from megatron_mopd.rollout.stored_answers import StoredAnswers
 from megatron_mopd.tokenizer import Tokenizer
@@ -30,23 +31,33 @@ class Collector:
     """Collects rollouts with the whole world as samplers: rank r takes every world-size-th prompt."""
 
     def __init__(
-        self, config: RunConfig, mixer: DomainMixer, engine: RolloutEngine, tokenizer: Tokenizer, world: World
+        self,
+        config: RunConfig,
+        mixer: DomainMixer,
+        engine: RolloutEngine,
+        tokenizer: Tokenizer,
+        world: World,
+        ahead: Ahead | None = None,
     ):
-        """Rollouts of `StoredAnswers` keep the reward that they come with."""
+        """Rollouts of `StoredAnswers` keep the reward that they come with. ahead: with `rollout.lag`."""
         self._config = config
         self._mixer = mixer
         self._engine = engine
         self._tokenizer = tokenizer
         self._world = world
+        self._ahead = ahead
         self._environments = Environments(config.environments, tokenizer)
         self.sampling_metrics: dict[str, float] = {}
-        """Of the last `collect` with dynamic sampling: what was sampled, before groups without signal were left out."""
+        """Of the last `collect`. Dynamic sampling: what was sampled, before groups without signal were left out;
+        `rollout.lag`: how old the rollouts are."""
         self.generated_tokens = 0
         """Sampled in the last `collect`, also for rollouts that were left out; 0 where answers are only looked up."""
 
     def collect(self, step: int) -> list[Rollout]:
         """The rollouts of `step`: what they are depends on (seed, step) and the weights, not on the layout."""
         config = self._config
+        if self._ahead is not None:
+            return self._collect_ahead(self._ahead, step)
         rounds = config.objective.max_sampling_rounds if config.objective.dynamic_sampling else 1
         kept: list[Rollout] = []
         sampled: list[Rollout] = []
@@ -71,6 +82,19 @@ class Collector:
             }
             self.sampling_metrics["dropped_rollouts"] = float(len(sampled) - len(kept))
         return kept
+
+    def _collect_ahead(self, ahead: Ahead, step: int) -> list[Rollout]:
+        prompts, own = ahead.collect(step)
+        known = {prompt.id: prompt for prompt in prompts}
+        own = [replace(rollout, prompt=known[rollout.prompt.id]) for rollout in own]
+        rollouts = self._judge(own, prompts, self._config.domains)
+        if self._config.needs_outcome:
+            rollouts = group_advantages(rollouts, self._config.objective.normalise_by_std)
+        ahead.check(rollouts, step)
+        self._engine.rest()
+        self.generated_tokens = sum(int(rollout.loss_mask.sum()) for rollout in rollouts)
+        self.sampling_metrics = ahead.metrics
+        return rollouts
 
     def sample(
         self,
@@ -100,8 +124,14 @@ class Collector:
         )
         if isinstance(self._engine, StoredAnswers):
             return _share(rollouts, None, prompts, self._world)
+        return self._judge(rollouts, prompts, domains or self._config.domains)
+
+    def _judge(
+        self, own: Sequence[Rollout], prompts: Sequence[Prompt], domains: Mapping[str, DomainSpec]
+    ) -> list[Rollout]:
+        """All ranks' rollouts with their rewards, in the order of `prompts`. Collective."""
         try:
-            rollouts, problem = verify(rollouts, domains or self._config.domains, self._tokenizer), None
+            rollouts, problem = verify(own, domains, self._tokenizer), None
         except ConfigError as error:  # of one rank's prompt: the others must hear of it, not wait for it
             rollouts, problem = [], str(error)
         return _share(rollouts, problem, prompts, self._world)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_mopd.config import LaunchSpec, ObjectiveSpec, RolloutSpec, RunConfig, SglangSpec
+from megatron_mopd.environments.config import EnvironmentSpec
 from megatron_mopd.method_config import check_method
 from megatron_mopd.preflight import check_beforehand
 from megatron_mopd.rollout.sglang import check as server_checks
@@ -35,6 +36,9 @@ from tests.unit.sglang_stub import serving
 
 ARCH = parse_architecture(tiny.MOE, "test")
 SERVED = ServedModel(folder=Path("/models/x"), dtype="float32", context=40, routed_experts=True)
+
+
+LAGGING: dict[str, Any] = {"engine": "sglang", "sglang": {"launch": {}}, "lag": 1}
 
 
 @pytest.mark.parametrize(
@@ -61,12 +65,44 @@ SERVED = ServedModel(folder=Path("/models/x"), dtype="float32", context=40, rout
             {"routing_replay": "R3"},
             "routing_replay: R3 replays what servers report; engine 'in_process' reports nothing",
         ),
+        ({"lag": -1}, "lag: must be >= 0 (0 is on-policy), got -1"),
+        ({"lag": 1}, "lag: 1, but engine 'in_process' cannot sample while the ranks train; set engine: sglang, or lag"),
+        (LAGGING | {"over_sample": 0.5}, "over_sample: must be in [1, 2], got 0.5"),
+        (LAGGING | {"over_sample": 1.5}, "needs lag >= 2 (1 with partial: true), got 1; raise lag, or set it to 1"),
+        (LAGGING | {"lag": 0, "over_sample": 1.5, "partial": True}, "needs lag >= 1, got 0; raise lag"),
+        (LAGGING | {"partial": True}, "partial: nothing is left unfinished with over_sample 1; raise that, or remove"),
+        (
+            {"engine": "sglang", "sglang": {"launch": {}, "sync": {"in_flight": "wait"}}},
+            "sglang.sync.in_flight: no answer is under way during an update with lag 0 or partial; remove it",
+        ),
+        (
+            LAGGING | {"sglang": {"launch": {}, "sync": {"kind": "tensor", "colocated": True}}},
+            "lag: 1, but servers on the trainer's devices (sglang.sync.colocated) cannot sample while it trains",
+        ),
     ],
 )
 def test_a_wrong_key_is_named(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(RolloutSpec, tree)
     assert message in str(caught.value)
+
+
+def test_a_lag_goes_with_whole_steps_of_one_turn(tmp_path: Path) -> None:
+    config = tiny.run_config(tmp_path, kind="grpo")
+    lagging = replace(config.rollout, engine="sglang", sglang=SglangSpec(launch=LaunchSpec()), lag=1)
+    assert replace(config, rollout=lagging).rollout.lag == 1
+    with pytest.raises(ConfigError, match=r"^rollout\.lag: objective\.dynamic_sampling .* set lag: 0, or"):
+        replace(config, rollout=lagging, objective=replace(config.objective, dynamic_sampling=True))
+    domains = {name: replace(spec, environment=EnvironmentSpec(kind="python")) for name, spec in config.domains.items()}
+    with pytest.raises(ConfigError, match=r"^rollout\.lag: domains\.a\.environment .* set lag to 0$"):
+        replace(config, rollout=lagging, domains=domains)
+
+
+def test_how_far_ahead_a_resumed_run_samples_may_change(tmp_path: Path) -> None:
+    tokenizer, config = Tokenizer.load(MODEL), tiny.run_config(tmp_path)
+    a = replace(config, rollout=RolloutSpec(engine="sglang", sglang=SglangSpec(launch=LaunchSpec())))
+    b = replace(a, rollout=replace(a.rollout, lag=2, over_sample=1.5))
+    assert run_identity(a, tokenizer) == run_identity(b, tokenizer)
 
 
 def test_sft_samples_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 
 from megatron_mopd.rollout.engine import Sampling
 from megatron_mopd.rollout.sampling import stream_key
-from megatron_mopd.rollout.sglang.protocol import BadAnswer, Contract, read_answer, request_body
-from megatron_mopd.types import Prompt
+from megatron_mopd.rollout.sglang.protocol import BadAnswer, Contract, Part, read_answer, request_body
+from megatron_mopd.types import Prompt, Rollout, WeightSpan
 
 URL = "http://127.0.0.1:1"
 PROMPT = Prompt(id="a/0", domain="a", token_ids=np.array([3, 4, 5]), answer="", max_response_tokens=4)
@@ -36,8 +37,16 @@ def answer(
     }
 
 
+def read(
+    given: Any, contract: Contract = CONTRACT, *, sample: int = 0, kept: Part | None = None, prompt: Prompt = PROMPT
+) -> Rollout:
+    rollout = read_answer(URL, given, prompt, sample, contract, kept)
+    assert isinstance(rollout, Rollout)
+    return rollout
+
+
 def test_an_answer_becomes_a_rollout() -> None:
-    rollout = read_answer(URL, answer(), PROMPT, 1, CONTRACT)
+    rollout = read(answer(), sample=1)
 
     assert rollout.token_ids.tolist() == [3, 4, 5, 10, 11, 12, 13]
     assert rollout.loss_mask.tolist() == [False] * 3 + [True] * 4
@@ -50,20 +59,20 @@ def test_an_answer_becomes_a_rollout() -> None:
 
 
 def test_a_stop_token_belongs_to_the_response() -> None:
-    rollout = read_answer(URL, answer((10, 2), "stop", ROUTED[:4]), PROMPT, 0, CONTRACT)
+    rollout = read(answer((10, 2), "stop", ROUTED[:4]))
 
     assert rollout.response_ids.tolist() == [10, 2]
     assert rollout.finish_reason == "stop"
 
 
 def test_a_stop_token_as_the_last_token_allowed_is_a_stop_whatever_the_server_calls_it() -> None:
-    assert read_answer(URL, answer((10, 11, 12, 1)), PROMPT, 0, CONTRACT).finish_reason == "stop"
+    assert read(answer((10, 11, 12, 1))).finish_reason == "stop"
 
 
 def test_without_routed_experts_none_are_read() -> None:
     contract = Contract(run_id="r1", policy_version=7, vocab_size=50, stop_ids=(1, 2))
 
-    assert read_answer(URL, answer(experts=None), PROMPT, 0, contract).routed_experts is None
+    assert read(answer(experts=None), contract).routed_experts is None
 
 
 @pytest.mark.parametrize(
@@ -129,3 +138,81 @@ def test_a_request_depends_on_seed_prompt_and_sample_only() -> None:
     assert params["stop_token_ids"] == [1, 2]
     assert "n" not in params
     assert bodies[0]["return_routed_experts"] is True
+
+
+LAGGING = replace(CONTRACT, oldest_version=6)
+STOPPABLE = replace(LAGGING, may_stop=True)
+
+
+def span(version: int, start: int, end: int) -> dict[str, Any]:
+    return {"version": f"r1:{version}", "start": start, "end": end}
+
+
+def test_tokens_of_every_version_that_is_allowed_are_told_apart() -> None:
+    rollout = read(answer(weight_versions=[span(6, 0, 3), span(7, 3, 4)]), LAGGING)
+    assert rollout.policy_version == 6
+    assert rollout.weight_versions == (
+        WeightSpan(version=6, start=3, end=6),
+        WeightSpan(version=7, start=6, end=7),
+    )
+
+
+@pytest.mark.parametrize("version", [5, 8])
+def test_a_version_out_of_the_range_is_refused(version: int) -> None:
+    with pytest.raises(BadAnswer, match=f"its weights are of version {version}, 6 to 7 were sent"):
+        read_answer(URL, answer(weight_versions=[span(6, 0, 3), span(version, 3, 4)]), PROMPT, 0, LAGGING)
+
+
+def test_a_stopped_answer_is_kept_and_gone_on_with() -> None:
+    first = read_answer(
+        URL, answer((10, 11), "abort", ROUTED[:4], weight_versions=[span(6, 0, 2)]), PROMPT, 0, STOPPABLE
+    )
+    assert isinstance(first, Part)
+    body = request_body(PROMPT, 0, Sampling(temperature=1.0), 5, STOPPABLE, first)
+    assert body["input_ids"] == [3, 4, 5, 10, 11]
+    assert body["sampling_params"]["max_new_tokens"] == 2
+    whole = request_body(PROMPT, 0, Sampling(temperature=1.0), 5, STOPPABLE)
+    assert body["sampling_params"]["sampling_seed"] == whole["sampling_params"]["sampling_seed"]
+
+    later = (ROUTED + 3) % 8  # the server has routed the old tokens anew
+    second = read_answer(URL, answer((12,), "abort", later[:5]), PROMPT, 0, STOPPABLE, first)
+    assert isinstance(second, Part)
+    rollout = read(answer((13,), "length", ROUTED), STOPPABLE, kept=second)
+    assert rollout.token_ids.tolist() == [3, 4, 5, 10, 11, 12, 13]
+    assert rollout.rollout_logprobs.tolist() == [0, 0, 0, -0.5, -1.5, -0.5, -0.5]
+    assert rollout.loss_mask.tolist() == [False] * 3 + [True] * 4
+    assert rollout.policy_version == 6
+    assert rollout.weight_versions == (
+        WeightSpan(version=6, start=3, end=5),
+        WeightSpan(version=7, start=5, end=7),
+    )
+    # The row of a part's last token is the next part's, which read it; the last of all has none.
+    assert rollout.routed_experts is not None
+    rows = [*ROUTED[:4], later[4], ROUTED[5], np.full((2, 2), -1)]
+    assert rollout.routed_experts.tolist() == np.stack(rows).tolist()
+    assert rollout.finish_reason == "length"
+
+
+def test_an_answer_that_was_stopped_at_its_end_is_whole() -> None:
+    stop = read(answer((10, 2), "abort", ROUTED[:4]), STOPPABLE)
+    assert (stop.finish_reason, stop.response_ids.tolist()) == ("stop", [10, 2])
+    assert read(answer(reason="abort"), STOPPABLE).finish_reason == "length"
+
+
+def test_an_answer_that_was_stopped_before_it_began_keeps_what_there_was() -> None:
+    nothing = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort", "message": "Aborted"}}}
+    kept = read_answer(URL, nothing, PROMPT, 0, STOPPABLE)
+    assert isinstance(kept, Part)
+    assert kept.token_ids.tolist() == [3, 4, 5]
+    waiting = answer((10,), {"type": "abort"}, None)
+    waiting["meta_info"]["finish_reason"] = {"type": "abort", "message": "Abort in waiting queue"}
+    assert read_answer(URL, waiting, PROMPT, 0, STOPPABLE, kept) is kept
+
+
+def test_too_many_tokens_over_all_parts_are_refused() -> None:
+    first = read_answer(URL, answer((10, 11, 12), "abort", ROUTED[:5]), PROMPT, 0, STOPPABLE)
+    assert isinstance(first, Part)
+    with pytest.raises(BadAnswer, match="5 tokens came, 4 were asked for"):
+        read_answer(URL, answer((13, 14), "length", ROUTED), PROMPT, 0, STOPPABLE, first)
+    with pytest.raises(BadAnswer, match="it went on after the stop token 1"):
+        read_answer(URL, answer((1, 14), "abort", ROUTED[:4]), PROMPT, 0, STOPPABLE)

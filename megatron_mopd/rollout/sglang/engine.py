@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,33 +11,25 @@ import torch
 from torch import Tensor
 
 from megatron_mopd.config import RunConfig
-from megatron_mopd.environment import gpu_count
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.preflight import Inputs
 from megatron_mopd.rollout.engine import RolloutFailure, Sampling
-from megatron_mopd.rollout.sglang.check import Wanted, api_key, check_server, make_run_id, wanted
-from megatron_mopd.rollout.sglang.client import Limits, Request, generate_all
-from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError
-from megatron_mopd.rollout.sglang.pool import ServerPool
-from megatron_mopd.rollout.sglang.protocol import Contract, read_answer, request_body
-from megatron_mopd.rollout.sglang.server import (
-    Device,
-    ServedModel,
-    ServerProcess,
-    choose_ports,
-    server_arguments,
-    server_environment,
-)
+from megatron_mopd.rollout.sglang.check import Wanted, make_run_id, wanted
+from megatron_mopd.rollout.sglang.client import Dispatcher, Limits, Request
+from megatron_mopd.rollout.sglang.flight import Choose, Flight
+from megatron_mopd.rollout.sglang.http import ServerError
+from megatron_mopd.rollout.sglang.opening import Say, open_pool
+from megatron_mopd.rollout.sglang.protocol import Contract, Part, read_answer, request_body
 from megatron_mopd.rollout.sync.push import ServerSync, make_sync, sync_weights
-from megatron_mopd.rollout_config import LaunchSpec, SglangSpec
 from megatron_mopd.types import Prompt, Rollout
-from megatron_mopd.yaml_config import ConfigError
-
-Say = Callable[[str], None]
 
 
 class SglangEngine:
-    """Collective: every rank calls `generate` and `load_weights` at the same time."""
+    """Collective: every rank calls `generate` and `load_weights` at the same time.
+
+    With `rollout.lag` prompts are answered while the ranks go on: `begin`, then `take`. Requests are in a thread of
+    rank 0 that knows of no other rank; whatever is collective is here, in the thread that calls.
+    """
 
     def __init__(self, config: RunConfig, inputs: Inputs, world: World, say: Say | None = None) -> None:
         """Starts the servers, or finds them, and waits until all are ready. `say` takes a line for the user: print.
@@ -50,13 +40,21 @@ class SglangEngine:
         assert spec is not None
         say = say or partial(print, flush=True)
         self._world = world
-        self._limits = Limits(concurrency=spec.concurrency, answer_seconds=spec.answer_seconds, retries=spec.retries)
         folder = Path(config.run_dir)
         self._run_id = world.on_main(lambda: make_run_id(folder)) or ""
         self._wanted = wanted(config, inputs.arch, self._run_id)
         self._stop_ids = inputs.tokenizer.stop_ids
+        self._rollout, self._sync_spec = config.rollout, spec.sync
         self._version: int | None = None
-        self._pool = world.on_main(lambda: _open_pool(spec, inputs.model_folder, self._wanted, folder, say))
+        self._newest = 0
+        """Version of the weights that were sent, or are being sent."""
+        self._pool = world.on_main(lambda: open_pool(spec, inputs.model_folder, self._wanted, folder, say))
+        self._dispatcher: Dispatcher | None = None
+        self._flight: Flight | None = None
+        if self._pool is not None:
+            limits = Limits(concurrency=spec.concurrency, answer_seconds=spec.answer_seconds, retries=spec.retries)
+            self._dispatcher = Dispatcher(self._pool, limits)
+            self._flight = Flight(self._dispatcher, self._request_ahead, config.rollout.samples_per_prompt)
         self.sync_metrics: dict[str, float] = {}
         """Of the last `load_weights`: what was sent, and to how many servers."""
         self._sync: ServerSync | None = None
@@ -78,13 +76,11 @@ class SglangEngine:
         asked: list[list[Prompt]] = self._world.all_gather_objects([_stripped(prompt) for prompt in prompts])
         parts: list[list[Rollout]] | None = None
         problem: Exception | None = None
-        if self._pool is not None:
+        if self._dispatcher is not None:
             try:
-                parts = self._answer(self._pool, asked, samples, sampling, seed)
-            except (RolloutFailure, ValueError) as error:
-                problem = error
-            except ServerError as error:
-                problem = RolloutFailure(f"rollout.sglang: {error}")
+                parts = self._answer(self._dispatcher, asked, samples, sampling, seed)
+            except (RolloutFailure, ValueError, ServerError) as error:
+                problem = _for_all_ranks(error)
         problem = self._world.all_gather_objects(problem)[0]
         if problem is not None:
             raise problem
@@ -92,33 +88,95 @@ class SglangEngine:
         return [replace(rollout, prompt=prompts[index // samples]) for index, rollout in enumerate(own)]
 
     def _answer(
-        self, pool: ServerPool, asked: Sequence[Sequence[Prompt]], samples: int, sampling: Sampling, seed: int
+        self, dispatcher: Dispatcher, asked: Sequence[Sequence[Prompt]], samples: int, sampling: Sampling, seed: int
     ) -> list[list[Rollout]]:
         """The rollouts of every rank's prompts."""
-        contract = self._contract()
         for prompt in (prompt for part in asked for prompt in part):
             _check(prompt, self._wanted)
         requests = [
-            Request(
-                body=request_body(prompt, sample, sampling, seed, contract),
-                read=partial(_read, prompt, sample, contract),
-            )
+            self._request(prompt, sample, seed, None, sampling)
             for part in asked
             for prompt in part
             for sample in range(samples)
         ]
-        rollouts = iter(generate_all(pool, requests, self._limits))
+        rollouts = iter(dispatcher.generate(requests))
         return [[next(rollouts) for _ in range(len(part) * samples)] for part in asked]
 
-    def _contract(self) -> Contract:
-        arch, wanted = self._wanted.arch, self._wanted
+    def begin(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+        """Have these answered, `rollout.samples_per_prompt` times each, while the ranks go on; and go on with what a
+        `take` has stopped. Every rank calls it with the same prompts; nothing waits."""
+        for prompt in prompts:
+            _check(prompt, self._wanted)
+        if self._flight is not None:
+            self._flight.resume()
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                self._flight.begin(_stripped(prompt), seed)
+
+    def take(self, choose: Choose) -> tuple[list[str], list[Rollout]]:
+        """Wait for rollouts of `begin`. Returns the ids of the prompts that `choose` took, which is asked on rank 0,
+        and this rank's share of their rollouts: those of every world-size-th prompt. Their `prompt` has no answer.
+
+        With `rollout.partial` what is unfinished then is stopped until the next `begin`. Collective. Raises as
+        `generate` does.
+        """
+        ids: list[str] = []
+        parts: list[list[Rollout]] | None = None
+        problem: Exception | None = None
+        if self._flight is not None:
+            try:
+                rollouts = self._flight.wait(choose)
+                if self._rollout.partial:
+                    self._flight.stop()
+                ids = list(dict.fromkeys(rollout.prompt.id for rollout in rollouts))
+                place = {identity: index % self._world.size for index, identity in enumerate(ids)}
+                parts = [[r for r in rollouts if place[r.prompt.id] == rank] for rank in range(self._world.size)]
+            except (RolloutFailure, ValueError, ServerError) as error:
+                problem = _for_all_ranks(error)
+        problem, ids = self._world.all_gather_objects((problem, ids))[0]
+        if problem is not None:
+            raise problem
+        own: list[Rollout] = self._world.scatter_objects(parts)
+        return ids, own
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of rollouts that `take` has stopped on their way; 0 on ranks other than the first."""
+        return self._flight.kept_tokens if self._flight is not None else 0
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights that were loaded last."""
         assert self._version is not None
+        return self._version
+
+    def _request_ahead(self, prompt: Prompt, sample: int, seed: int, kept: Part | None) -> Request:
+        spec = self._rollout
+        sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k)
+        return self._request(prompt, sample, seed, kept, sampling)
+
+    def _request(self, prompt: Prompt, sample: int, seed: int, kept: Part | None, sampling: Sampling) -> Request:
+        """Its tokens may be of the weights of now, or of any that are sent while it is answered."""
+        oldest = self.policy_version
+
+        def read(url: str, answer: object) -> Rollout | Part:
+            return read_answer(url, answer, prompt, sample, self._contract(oldest), kept)
+
+        body = request_body(prompt, sample, sampling, seed, self._contract(oldest), kept)
+        if self._sync_spec.in_flight != "in_place":
+            return Request(body=body, read=read)
+        # No update empties the servers' cache, so what other weights have computed goes by another name.
+        return Request(body=body, read=read, when_sent=lambda: {"extra_key": f"weights {self._newest}"})
+
+    def _contract(self, oldest: int) -> Contract:
+        arch, wanted = self._wanted.arch, self._wanted
         return Contract(
             run_id=self._run_id,
-            policy_version=self._version,
+            policy_version=self._newest,
+            oldest_version=oldest,
             vocab_size=arch.vocab_size,
             stop_ids=self._stop_ids,
             experts=(arch.num_layers, arch.experts_per_token, arch.num_experts) if wanted.routed_experts else None,
+            may_stop=self._rollout.partial,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -128,6 +186,10 @@ class SglangEngine:
         `generate` to say, so that what has been learnt can be saved. Raises ConfigError on every rank where the weights
         cannot be written (`sync.kind: disk`).
         """
+        held = self._dispatcher if self._sync_spec.in_flight == "wait" else None
+        if held is not None:
+            held.hold()
+        self._newest = version
         servers = self._pool.ready_for_weights() if self._pool is not None else []
         self.sync_metrics = {}
         if self._world.any(bool(servers)):
@@ -136,6 +198,8 @@ class SglangEngine:
             if self._pool is not None:
                 self._pool.weights_sent(report.synced, report.failed)
         self._version = version
+        if held is not None:
+            held.release()
 
     def rest(self) -> None:
         """See `RolloutEngine.rest`: servers on the trainer's devices (`sync.colocated`) give their memory up."""
@@ -149,6 +213,8 @@ class SglangEngine:
 
     def close(self) -> None:
         """Stop the servers that were started; give those that were found back."""
+        if self._dispatcher is not None:
+            self._dispatcher.close()
         if self._sync is not None:
             self._sync.close()
         if self._pool is not None:
@@ -156,8 +222,9 @@ class SglangEngine:
             self._pool = None
 
 
-def _read(prompt: Prompt, sample: int, contract: Contract, url: str, answer: object) -> Rollout:
-    return read_answer(url, answer, prompt, sample, contract)
+def _for_all_ranks(error: RolloutFailure | ValueError | ServerError) -> Exception:
+    """What every rank is told of an error of the first one's."""
+    return RolloutFailure(f"rollout.sglang: {error}") if isinstance(error, ServerError) else error
 
 
 def _stripped(prompt: Prompt) -> Prompt:
@@ -176,43 +243,3 @@ def _check(prompt: Prompt, wanted: Wanted) -> None:
             f"prompt {prompt.id}: {length} tokens and a response of up to {response} do not fit "
             f"the model's {arch.max_positions} positions"
         )
-
-
-def _open_pool(spec: SglangSpec, folder: Path, wanted: Wanted, run_dir: Path, say: Say) -> ServerPool:
-    check = partial(check_server, wanted=wanted)
-    if spec.launch is None:
-        connections = [ServerConnection(url=url, api_key=api_key(spec)) for url in spec.urls]
-        pool = ServerPool(connections, start=None, check=check, say=say)
-        pool.wait_started(0)
-        return pool
-    key = secrets.token_urlsafe(32)
-    urls = [f"http://{spec.launch.host}:{port}" for port in choose_ports(spec.launch)]
-    start = _starter(spec.launch, folder, wanted, urls, key, run_dir / "logs")
-    pool = ServerPool([ServerConnection(url=url, api_key=key) for url in urls], start=start, check=check, say=say)
-    try:
-        pool.wait_started(spec.launch.start_seconds)
-    except ConfigError:
-        pool.close()
-        raise
-    return pool
-
-
-def _starter(
-    spec: LaunchSpec, folder: Path, wanted: Wanted, urls: Sequence[str], key: str, logs: Path
-) -> Callable[[int], ServerProcess]:
-    device: Device = spec.device if spec.device != "auto" else ("cuda" if gpu_count() else "cpu")
-    model = ServedModel(folder=folder, dtype=wanted.dtype, context=wanted.context, routed_experts=wanted.routed_experts)
-    environment = server_environment(device, spec.tensor, os.environ)
-
-    def start(number: int) -> ServerProcess:
-        port = int(urls[number].rpartition(":")[2])
-        return ServerProcess.start(
-            spec.python,
-            server_arguments(spec, model, index=number, port=port, device=device),
-            environment,
-            api_key=key,
-            url=urls[number],
-            log=logs / f"server{number}.log",
-        )
-
-    return start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,10 @@ class Member:
     """Why it is not live."""
     probed: float = field(default=0.0)
     """Monotonic seconds of the last look at it after a fault."""
+    losses: int = 0
+    """How often it was taken out: tells an answer about the server from one about the server that it was before."""
+    offered: int = 0
+    """`losses` when it was last named for an update."""
 
     @property
     def url(self) -> str:
@@ -57,7 +62,10 @@ class Member:
 
 
 class ServerPool:
-    """Lives on rank 0 only. Nothing here waits for a server but `wait_started`."""
+    """Lives on rank 0 only. Nothing here waits for a server but `wait_started`.
+
+    Requests lose servers in one thread while another one sends weights.
+    """
 
     def __init__(
         self,
@@ -73,6 +81,7 @@ class ServerPool:
         say: takes one line for the user.
         """
         self._start, self._check, self._say = start, check, say
+        self._lock = threading.RLock()
         self.members = [
             Member(number=number, connection=connection, process=start(number) if start else None)
             for number, connection in enumerate(connections)
@@ -132,20 +141,27 @@ class ServerPool:
 
     def lose(self, member: Member, reason: str) -> None:
         """Take a server out; one of ours is started again, and comes back with the next weights."""
-        if member.process is not None and member.has_exited:
-            reason = f"ended ({member.process.last_words()}; see {member.process.log})"
-        if member.is_live:
-            self._say(f"rollout server {member.url} is taken out: {reason}")
-        member.is_live, member.reason = False, reason
-        if self._start is not None and member.process is not None:
-            member.process.kill()
-            if member.restarts < MAX_RESTARTS:
-                member.restarts += 1
-                member.process = self._start(member.number)
+        with self._lock:
+            if member.process is not None and member.has_exited:
+                reason = f"ended ({member.process.last_words()}; see {member.process.log})"
+            if member.is_live:
+                self._say(f"rollout server {member.url} is taken out: {reason}")
+            member.is_live, member.reason = False, reason
+            member.losses += 1
+            if self._start is not None and member.process is not None:
+                member.process.kill()
+                if member.restarts < MAX_RESTARTS:
+                    member.restarts += 1
+                    member.process = self._start(member.number)
 
     def ready_for_weights(self) -> list[ServerConnection]:
         """The live servers, and those that answer again and are what they should be."""
-        return [member.connection for member in self.members if member.is_live or self._is_back(member)]
+        ready = []
+        for member in self.members:
+            member.offered = member.losses
+            if member.is_live or self._is_back(member):
+                ready.append(member.connection)
+        return ready
 
     def _is_back(self, member: Member) -> bool:
         if member.has_exited:
@@ -161,14 +177,20 @@ class ServerPool:
         return True
 
     def weights_sent(self, synced: Sequence[str], failed: Mapping[str, str]) -> None:
-        """What became of an update: `synced` servers are live now, `failed` ones (url -> reason) are not."""
+        """What became of an update: `synced` servers are live now, `failed` ones (url -> reason) are not.
+
+        Nothing becomes of a server that was taken out during the update: what is there now is another one.
+        """
         for member in self.members:
-            if member.url in failed:
-                self.lose(member, failed[member.url])
-            elif member.url in synced and not member.is_live:
-                if member.reason != _NEW:
-                    self._say(f"rollout server {member.url} is back, with the current weights")
-                member.is_live, member.reason = True, _NEW
+            with self._lock:
+                if member.losses != member.offered:
+                    continue
+                if member.url in failed:
+                    self.lose(member, failed[member.url])
+                elif member.url in synced and not member.is_live:
+                    if member.reason != _NEW:
+                        self._say(f"rollout server {member.url} is back, with the current weights")
+                    member.is_live, member.reason = True, _NEW
 
     def close(self) -> None:
         """Stop what was started, and give back what was found: the next run takes a server of nobody's."""

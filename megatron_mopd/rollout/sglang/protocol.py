@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,23 +29,74 @@ class Contract:
 
     run_id: str
     policy_version: int
+    """Of the newest weights that a token may be of."""
     vocab_size: int
     stop_ids: tuple[int, ...]
     experts: tuple[int, int, int] | None = None
     """(MoE layers, experts per token, experts) where the routed experts are asked for."""
+    oldest_version: int | None = None
+    """Of the oldest weights that a token may be of; None: `policy_version` alone."""
+    may_stop: bool = False
+    """Whether an answer may have been ended by us on its way: it is a `Part` then."""
 
 
-def request_body(prompt: Prompt, sample: int, sampling: Sampling, seed: int, contract: Contract) -> dict[str, Any]:
-    """The body of POST /generate for one rollout.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A rollout that was ended on its way, to be continued later. T: tokens of the prompt and of the answer so far."""
+
+    token_ids: IntArray
+    """[T]"""
+    logprobs: FloatArray
+    """[T]; 0 in the prompt."""
+    spans: tuple[WeightSpan, ...] = ()
+    """Of the answer's tokens, in order and without a gap."""
+    experts: ExpertArray | None = None
+    """[T, MoE layers, k], the last row -1; None where they are not asked for, or nothing is answered yet."""
+
+    @classmethod
+    def nothing(cls, prompt: Prompt) -> Self:
+        return cls(token_ids=prompt.token_ids, logprobs=np.zeros(len(prompt.token_ids), dtype=np.float32))
+
+    def continued(self, more: Part) -> Part:
+        """With what a request for the rest has brought: `more` begins with these tokens.
+
+        Their own experts stay, for they are of the weights that they were sampled with; but the row of the last one,
+        which was not an input yet. Spans of the same version become one.
+        """
+        before, spans = len(self.token_ids), [*self.spans]
+        for span in more.spans:
+            if spans and spans[-1].version == span.version:
+                spans[-1] = replace(spans[-1], end=span.end)
+            else:
+                spans.append(span)
+        experts = more.experts
+        if self.experts is not None and experts is not None:
+            experts = np.concatenate((self.experts[: before - 1], experts[before - 1 :]))
+        return Part(
+            token_ids=more.token_ids,
+            logprobs=np.concatenate((self.logprobs, more.logprobs[before:])),
+            spans=tuple(spans),
+            experts=experts,
+        )
+
+
+def request_body(
+    prompt: Prompt, sample: int, sampling: Sampling, seed: int, contract: Contract, kept: Part | None = None
+) -> dict[str, Any]:
+    """The body of POST /generate for one rollout, or for the rest of one of which there is `kept`.
+
+    The server's randomness is of the seed and a token's place in the whole sequence: with the same weights a rollout in
+    parts is the rollout in one.
 
     Each sample is a request of its own: with n > 1 the server gives all of them the same seed. The seed is derived as
     in the in-process engine, so that a rollout depends on (seed, prompt.id, sample) only. Stop tokens are ours alone;
     the server's own end-of-sequence token is one of them, or its answer is refused.
     """
+    before = prompt.token_ids if kept is None else kept.token_ids
     return {
-        "input_ids": prompt.token_ids.tolist(),
+        "input_ids": before.tolist(),
         "sampling_params": {
-            "max_new_tokens": prompt.max_response_tokens,
+            "max_new_tokens": prompt.max_response_tokens + len(prompt.token_ids) - len(before),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
@@ -58,14 +109,17 @@ def request_body(prompt: Prompt, sample: int, sampling: Sampling, seed: int, con
     }
 
 
-def read_answer(url: str, answer: Any, prompt: Prompt, sample: int, contract: Contract) -> Rollout:
-    """The rollout in an answer of `/generate`. Raises BadAnswer, with one line that names the server and the prompt.
+def read_answer(
+    url: str, answer: Any, prompt: Prompt, sample: int, contract: Contract, kept: Part | None = None
+) -> Rollout | Part:
+    """The rollout in an answer of `/generate`, after the tokens of `kept`; a `Part` where the contract says that it may
+    be stopped, and it was. Raises BadAnswer, with one line that names the server and the prompt.
 
     The server's log-probabilities are log softmax(logits / temperature) before top-p and top-k, and those of
     temperature 1 where it decodes greedily: what `RolloutEngine.generate` promises, so nothing is converted.
     """
     try:
-        return _read(answer, prompt, sample, contract)
+        return _read(answer, prompt, sample, contract, kept or Part.nothing(prompt))
     except _Broken as broken:
         raise BadAnswer(url, f"prompt {prompt.id}: {broken}") from None
 
@@ -74,25 +128,48 @@ class _Broken(Exception):
     """What is wrong with an answer."""
 
 
-def _read(answer: Any, prompt: Prompt, sample: int, contract: Contract) -> Rollout:
+def _read(answer: Any, prompt: Prompt, sample: int, contract: Contract, kept: Part) -> Rollout | Part:
     if not isinstance(answer, Mapping) or not isinstance(answer.get("meta_info"), Mapping):
         raise _Broken(f"the answer is no rollout: {str(answer)[:80]!r}")
     meta: Mapping[str, Any] = answer["meta_info"]
+    stopped = contract.may_stop and _kind(meta) == "abort"
+    if stopped and (not answer.get("output_ids") or "waiting queue" in str(meta["finish_reason"].get("message"))):
+        # Before its first token; or while it waited for room again, when not all of it is reported: nothing new.
+        return kept
     tokens = _tokens(answer.get("output_ids"), contract)
     logprobs = _logprobs(meta.get("output_token_logprobs"), tokens)
-    before, total = len(prompt.token_ids), len(prompt.token_ids) + len(tokens)
-    spans = _spans(meta, before, total, contract)
+    before, total = len(kept.token_ids), len(kept.token_ids) + len(tokens)
+    spans, token_ids = _spans(meta, before, total, contract), np.concatenate((kept.token_ids, tokens))
+    response = token_ids[len(prompt.token_ids) :]
+    # A stopped answer may have come to its end with its last token.
+    ends = bool(np.isin(response, contract.stop_ids).any()) or len(response) >= prompt.max_response_tokens
+    over = ends or not stopped
+    reason = _finish("length" if stopped else _kind(meta), meta, response, prompt, contract) if over else None
+    more = Part(
+        token_ids=token_ids,
+        logprobs=np.concatenate((np.zeros(before, dtype=np.float32), logprobs)),
+        spans=spans,
+        experts=_experts(meta, total, contract) if contract.experts else None,
+    )
+    whole = kept.continued(more)
+    if reason is None:
+        return whole
     return Rollout(
         prompt=prompt,
         sample=sample,
-        token_ids=np.concatenate((prompt.token_ids, tokens)),
-        loss_mask=np.arange(total) >= before,
-        rollout_logprobs=np.concatenate((np.zeros(before, dtype=np.float32), logprobs)),
-        policy_version=min(span.version for span in spans),
-        finish_reason=_finish(meta, tokens, prompt, contract),
-        weight_versions=spans if len(spans) > 1 else (),
-        routed_experts=_experts(meta, total, contract) if contract.experts else None,
+        token_ids=token_ids,
+        loss_mask=np.arange(total) >= len(prompt.token_ids),
+        rollout_logprobs=whole.logprobs,
+        policy_version=min(span.version for span in whole.spans),
+        finish_reason=reason,
+        weight_versions=whole.spans if len(whole.spans) > 1 else (),
+        routed_experts=whole.experts,
     )
+
+
+def _kind(meta: Mapping[str, Any]) -> str | None:
+    reason = meta.get("finish_reason")
+    return reason.get("type") if isinstance(reason, Mapping) else None
 
 
 def _tokens(value: Any, contract: Contract) -> IntArray:
@@ -123,13 +200,13 @@ def _logprobs(value: Any, tokens: IntArray) -> FloatArray:
     return logprobs
 
 
-def _finish(meta: Mapping[str, Any], tokens: IntArray, prompt: Prompt, contract: Contract) -> FinishReason:
-    reason = meta.get("finish_reason")
-    kind = reason.get("type") if isinstance(reason, Mapping) else None
+def _finish(
+    kind: str | None, meta: Mapping[str, Any], tokens: IntArray, prompt: Prompt, contract: Contract
+) -> FinishReason:
     limit = prompt.max_response_tokens
     stops = np.isin(tokens, contract.stop_ids)
     if kind not in ("stop", "length"):
-        raise _Broken(f"it ended early, without saying more than {reason}")
+        raise _Broken(f"it ended early, without saying more than {meta.get('finish_reason')}")
     if stops[:-1].any():
         raise _Broken(f"it went on after the stop token {tokens[stops][0]}")
     if len(tokens) > limit:
@@ -167,8 +244,11 @@ def _version(text: str, contract: Contract) -> int:
     except ValueError:
         expected = weight_version(contract.run_id, contract.policy_version)
         raise _Broken(f"its weights are '{text}', not '{expected}': somebody else changed them") from None
-    if version != contract.policy_version:
-        raise _Broken(f"its weights are of version {version}, those of version {contract.policy_version} were sent")
+    newest = contract.policy_version
+    oldest = newest if contract.oldest_version is None else contract.oldest_version
+    if not oldest <= version <= newest:
+        sent = f"those of version {newest} were sent" if oldest == newest else f"{oldest} to {newest} were sent"
+        raise _Broken(f"its weights are of version {version}, {sent}")
     return version
 
 

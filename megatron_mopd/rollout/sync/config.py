@@ -8,6 +8,7 @@ from typing import Literal
 from megatron_mopd.yaml_config import require
 
 Kind = Literal["distributed", "tensor", "disk"]
+InFlight = Literal["retract", "in_place", "wait"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,10 @@ class SyncSpec:
     way, which is not rebuilt here: of them only the version is compared."""
     colocated: bool = False
     """`tensor`: the servers share their devices with the trainer, and give the memory up while it trains."""
+    in_flight: InFlight = "retract"
+    """`rollout.lag`: what an update does to answers under way. retract: they pause, their cache is computed again with
+    the new weights, and they go on · in_place: they pause and go on with the cache of the old weights · wait: the
+    update waits until what the servers have begun is answered, so that no answer has tokens of two versions."""
     timeout_seconds: float = 300.0
     """For one request or broadcast. A server that takes longer counts as dead."""
 

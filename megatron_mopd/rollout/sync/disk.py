@@ -26,11 +26,15 @@ class DiskTransport:
 
     in_parts = False
 
-    def __init__(self, *, folder: Path, arch: Architecture, dtype: torch.dtype, timeout: float):
+    def __init__(
+        self, *, folder: Path, arch: Architecture, dtype: torch.dtype, timeout: float, keeps_cache: bool = False
+    ):
+        """keeps_cache: see `Session`."""
         self._folder = folder
         self._arch = arch
         self._dtype = dtype
         self._timeout = timeout
+        self._keeps_cache = keeps_cache
         self._current: int | None = None
 
     def stage(self, weights: Weights, num_updates: int) -> Deliver:
@@ -68,7 +72,11 @@ class DiskTransport:
 
     def _deliver(self, num_updates: int, recipients: Recipients) -> None:
         def ask(server: ServerConnection) -> None:
-            body = {"model_path": str(self._path(num_updates).resolve()), "load_format": "safetensors"}
+            body = {
+                "model_path": str(self._path(num_updates).resolve()),
+                "load_format": "safetensors",
+                "flush_cache": not self._keeps_cache,
+            }
             server.post("/update_weights_from_disk", body, timeout=self._timeout)
 
         recipients.ask(ask)

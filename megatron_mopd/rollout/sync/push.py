@@ -129,6 +129,7 @@ class ServerSync:
             timeout=self._spec.timeout_seconds,
             in_parts=self._transport.in_parts,
             released=frozenset(self._released),
+            keeps_cache=self._spec.in_flight == "in_place",
         )
         # Until this is over they are not in order, however it ends.
         for url in recipients.facts:
@@ -155,7 +156,10 @@ def make_sync(
     transport: Transport
     if spec.kind == "disk":
         folder = Path(spec.folder) / run_id if spec.folder else run_dir / "weights"
-        transport = DiskTransport(folder=folder, arch=arch, dtype=dtype, timeout=spec.timeout_seconds)
+        keeps_cache = spec.in_flight == "in_place"
+        transport = DiskTransport(
+            folder=folder, arch=arch, dtype=dtype, timeout=spec.timeout_seconds, keeps_cache=keeps_cache
+        )
     elif spec.kind == "tensor":
         transport = TensorTransport(bucket_bytes=spec.bucket_bytes, timeout=spec.timeout_seconds)
     else:

@@ -1,6 +1,6 @@
 """One weight update as the servers live it: paused, changed, checked, and only then serving again.
 
-    pause (retract) -> flush -> begin -> buckets -> version -> end -> check -> continue
+    pause -> flush -> begin -> buckets -> version -> end -> check -> continue
 
 A server that fails on the way stays paused: half of an update never serves. The next update begins anew with it.
 """
@@ -28,6 +28,8 @@ class Session:
     """The weights come in several requests, between begin_weight_update and end_weight_update."""
     released: frozenset[str] = frozenset()
     """URLs of servers that gave their memory up (`release_memory`) and have to get it back."""
+    keeps_cache: bool = False
+    """Requests under way go on with the cache of the old weights (`sync.in_flight: in_place`)."""
 
     def run(
         self,
@@ -47,7 +49,10 @@ class Session:
         recipients.ask(self._serve)
 
     def _open(self, server: ServerConnection) -> None:
-        pause(server, self.timeout)
+        if self.keeps_cache:
+            server.post("/pause_generation", {"mode": "in_place"}, timeout=self.timeout)
+        else:
+            pause(server, self.timeout)
         if server.url in self.released:
             server.post("/resume_memory_occupation", {"tags": [WEIGHTS]}, timeout=self.timeout)
         if self.in_parts:
