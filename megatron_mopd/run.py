@@ -118,7 +118,8 @@ class Run:
             yield [rollout for rollout in rollouts if part_of[rollout.prompt.id] == part]
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """This data-parallel rank's micro-batches; on every rank as many, with the same teachers in the same order."""
+        """This rank's share of its data-parallel group's micro-batches; on every rank as many, with the same teachers
+        in the same order."""
         return pack_step(
             rollouts,
             self.config,
@@ -126,6 +127,8 @@ class Run:
             data_ranks=self.world.data.size,
             multiple_of=self.world.tensor.size * self.config.model.tokens_multiple,
             device=self.world.device,
+            context_ranks=self.world.context.size,
+            context_rank=self.world.context.rank,
         )
 
     def log_step(self, step: int, reports: Sequence[UpdateReport], rollouts: Sequence[Rollout]) -> None:

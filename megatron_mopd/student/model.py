@@ -91,6 +91,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.tensor > 1,
@@ -173,7 +174,7 @@ def forward_hidden(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         batch.token_ids[None],
         batch.position_ids[None],
         None,
-        packed_seq_params=packed_sequences(batch, thd=torch.cuda.is_available()),
+        packed_seq_params=packed_sequences(batch, model.config.params_dtype, thd=torch.cuda.is_available()),
         output_processor=_keep_hidden_states,
     )
 

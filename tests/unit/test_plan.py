@@ -333,12 +333,15 @@ def test_splits_are_ordered_and_leave_out_the_impossible() -> None:
 
 
 def test_layouts_are_valid_and_complete() -> None:
-    found = list(layouts(TINY_MOE, 4, 8))
+    found = list(layouts(TINY_MOE, 4, 8, longest=4096))
     assert all(4 % (each.tensor * each.pipeline) == 0 for each in found)
     shapes = {(each.tensor, each.pipeline, each.expert) for each in found}
     assert shapes == {(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 1, 4),
                       (2, 2, 1), (2, 2, 2)}  # fmt: skip
-    assert {each.expert for each in layouts(TINY_DENSE, 8, 8)} == {1}
+    assert {each.expert for each in layouts(TINY_DENSE, 8, 8, longest=4096)} == {1}
+    assert {each.context for each in found} == {1}  # too short to be shared out
+    longer = {(each.tensor, each.context) for each in layouts(TINY_MOE, 4, 8, longest=16384)}
+    assert longer == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)}
 
 
 def test_suggestions_for_128_gpus_fit_and_can_be_built() -> None:
