@@ -127,6 +127,19 @@ def test_the_sequences_are_uneven_and_some_are_short() -> None:
     assert sum(length < 8 for length in lengths) >= 3  # and of four
 
 
+def test_what_transformer_engine_is_told() -> None:
+    """Padding is part of its sequence, boundaries are of all context ranks, and both pairs are the same tensors."""
+    from megatron_mopd.student.packed import packed_sequences
+
+    rollouts = tiny.rollouts(["a"] * 3, seed=SEED)  # of 12, 3 and 3 tokens
+    common = {"domain_names": ("a",), "aggregation": "token", "multiple_of": 1, "device": torch.device("cpu")}
+    batch = pack(rollouts, None, context_ranks=2, context_rank=1, **common)  # type: ignore[arg-type]
+    told = packed_sequences(batch, torch.bfloat16, thd=True)
+    assert told.cu_seqlens_q.tolist() == [0, 12, 16, 20]
+    assert told.cu_seqlens_q is told.cu_seqlens_q_padded and told.cu_seqlens_kv is told.cu_seqlens_kv_padded
+    assert (told.qkv_format, told.max_seqlen_q, told.max_seqlen_kv, len(batch.token_ids)) == ("thd", 12, 12, 10)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_an_update_is_that_of_one_rank(name: str, models: Path, reference: list[dict[str, Any]]) -> None:
     """Loss, gradient norm, metrics, weights, and the teachers' scores; with recomputation, in several micro-batches."""
