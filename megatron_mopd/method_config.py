@@ -58,6 +58,30 @@ class ImportanceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DomainWeightsSpec:
+    """How much each domain counts in the loss; see domain_weights.py."""
+
+    kind: Literal["prompt_share", "token_share", "gap_aware"] = "prompt_share"
+    """prompt_share: as it was drawn (the papers) · token_share: its `weight` is its share of the loss, however long its
+    answers are; with `aggregation: token` · gap_aware: its `weight` times its remaining KL to the teacher over the mean
+    of the domains (both: Open-MOPD, arXiv 2608.19098)."""
+    low: float = 0.5
+    """`gap_aware`: least factor of a domain's gap over the mean."""
+    high: float = 2.0
+    """`gap_aware`: largest factor."""
+    decay: float = 0.9
+    """`gap_aware`: of the running mean of the gaps, per step."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.low <= 1 <= self.high, f"low and high: must be 0 < low <= 1 <= high, got {self.low}, {self.high}"
+        )
+        require(0 <= self.decay < 1, f"decay: must be in [0, 1), got {self.decay}")
+        if self.kind != "gap_aware" and (self.low, self.high, self.decay) != (0.5, 2.0, 0.9):
+            raise ConfigError(f"low, high and decay: only for the kind 'gap_aware', not '{self.kind}'; remove them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveSpec:
     """What is minimised. `stage` decides which kinds are allowed."""
 
@@ -81,6 +105,8 @@ class ObjectiveSpec:
     importance: ImportanceSpec = field(default_factory=ImportanceSpec)
     """Stage mopd: weights for what the rollout engine sampled otherwise than the trainer would have. They decide what
     `sampled` estimates; the other two kinds need no sample of the token, there they re-weight the states."""
+    domain_weights: DomainWeightsSpec = field(default_factory=DomainWeightsSpec)
+    """Stage mopd: how much each domain counts."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     """`grpo`: the ratio is clipped to [1 - clip_low, 1 + clip_high] (DAPO's clip-higher)."""
@@ -147,6 +173,14 @@ def _check_unused(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) 
         raise ConfigError(f"objective.beta: only for divergence 'jsd', not '{objective.divergence}'")
     if objective.importance.kind != "none":
         _check_importance(kind, rollout)
+    weighting = objective.domain_weights.kind
+    if weighting != "prompt_share" and stage != "mopd":
+        raise ConfigError(f"objective.domain_weights.kind: '{weighting}' is of stage 'mopd', not '{stage}'; remove it")
+    if weighting == "token_share" and objective.aggregation != "token":
+        raise ConfigError(
+            "objective.domain_weights.kind: 'token_share' shares out the tokens of a mean over tokens; set "
+            "objective.aggregation: token (with 'sequence' a domain's share is that of its prompts already)"
+        )
     if stage == "sft" and rollout.samples_per_prompt != 1:
         raise ConfigError("rollout.samples_per_prompt: stage 'sft' has one reference answer a prompt; set it to 1")
 

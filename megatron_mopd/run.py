@@ -12,6 +12,7 @@ import torch
 
 from megatron_mopd.compute import token_metrics
 from megatron_mopd.config import RunConfig, save_config
+from megatron_mopd.domain_weights import DomainGaps, count_units, domain_factors, weighted
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluation.evaluate import evaluate
 from megatron_mopd.evaluation.results import score_metrics
@@ -57,8 +58,10 @@ class Run:
             self.inputs.dataset.check_teachers(teacher_weights(config, self._teacher_manifest))
         latest = checkpoint.find_latest(self.folder)
         self.student = Student(config, self.inputs.arch, self.world, self.inputs.weights)
+        self.gaps = DomainGaps()
         self.first_step = self._resume(latest) if latest else 0
         self.steps_saved = self.first_step
+        self._factors: dict[str, float] = {}
         self.engine = self._training_engine()
         self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world)
         # Where answers are looked up, the student samples only to be evaluated or measured.
@@ -120,16 +123,21 @@ class Run:
     def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This rank's share of its data-parallel group's micro-batches; on every rank as many, with the same teachers
         in the same order."""
-        return pack_step(
+        config, objective = self.config, self.config.objective
+        batches = pack_step(
             rollouts,
-            self.config,
+            config,
             data_rank=self.world.data.rank,
             data_ranks=self.world.data.size,
-            multiple_of=self.world.tensor.size * self.config.model.tokens_multiple,
+            multiple_of=self.world.tensor.size * config.model.tokens_multiple,
             device=self.world.device,
             context_ranks=self.world.context.size,
             context_rank=self.world.context.rank,
         )
+        weights = {name: domain.weight for name, domain in config.domains.items()}
+        units = count_units(rollouts, objective.aggregation)
+        self._factors = domain_factors(objective.domain_weights, weights, units, self.gaps)
+        return weighted(batches, self._factors, config.domain_names)
 
     def log_step(self, step: int, reports: Sequence[UpdateReport], rollouts: Sequence[Rollout]) -> None:
         """Write the step's metrics (means over its updates) and times; evaluate when it is time to."""
@@ -148,6 +156,7 @@ class Run:
                 rollouts, generated=self.collector.generated_tokens, has_teachers=bool(self.config.teachers)
             ),
             **self.teachers.take_metrics(),
+            **self._domain_weight_metrics(report),
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
@@ -156,6 +165,14 @@ class Run:
         self.progress.update(step + 1, metrics)
         if self.config.evaluation.every and (step + 1) % self.config.evaluation.every == 0:
             self._evaluate(step + 1)
+
+    def _domain_weight_metrics(self, report: UpdateReport) -> dict[str, float]:
+        """The factors of the step's last update; takes in what the step has measured of the gaps."""
+        spec = self.config.objective.domain_weights
+        if spec.kind == "prompt_share":
+            return {}
+        self.gaps = self.gaps.after(report.metrics, self.config.domain_names, spec.decay)
+        return {f"domain_factor/{name}": factor for name, factor in self._factors.items()}
 
     def is_checkpoint_due(self, steps_done: int) -> bool:
         return steps_done % self.config.checkpoint.every == 0 or steps_done == self.config.steps
@@ -166,6 +183,7 @@ class Run:
             "run": self._identity,
             "num_updates": self.student.num_updates,
             "mixer": self.mixer.state_dict(),
+            "gaps": dict(self.gaps.gaps),
             "teachers": self._teacher_manifest,
         }
         checkpoint.save(
@@ -205,6 +223,7 @@ class Run:
         checkpoint.load(path, self.student.ddp, self.student.optimizer, self.world)
         self.student.num_updates = manifest.state["num_updates"]
         self.mixer.load_state_dict(manifest.state["mixer"])
+        self.gaps = DomainGaps(manifest.state.get("gaps", {}))
         return manifest.step
 
     def _training_engine(self) -> RolloutEngine:

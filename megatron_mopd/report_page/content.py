@@ -52,6 +52,7 @@ def sections(sources: Sources) -> list[Section]:
         return [
             build.of_studies("scores", "Methods", "a study (`mopd reproduce` or `mopd demo`) with methods", _scores),
             build.of_studies("accuracy", "Accuracy per domain", "accuracies of methods", _accuracy),
+            build.of_studies("benchmarks", "Benchmarks", "`evaluation.benchmarks`", _benchmarks),
             build.of_studies("scaling", "Retention against number of teachers", "a study with `scaling`", _scaling),
             build.of_curves("learning", "Learning curves", "evaluations during training", "accuracy", _learning),
             build.of_curves("divergence", "KL to the teachers", "a run of stage mopd", "reverse_kl", _divergence),
@@ -77,6 +78,11 @@ def _accuracy(study: Study, draw: _Draw) -> list[Block]:
         return []
     caption = "Accuracy on held-out prompts" + _spread(study) + ". Dotted: the base. Dashed: the domain's teacher."
     return [draw("accuracy", study_figures.accuracy_figure(study, draw.looks), caption), tables.accuracy_table(study)]
+
+
+def _benchmarks(study: Study, draw: _Draw) -> list[Block]:
+    models = [study.base, *(teacher.model for teacher in study.teachers), *(method.model for method in study.methods)]
+    return [tables.benchmark_table(study)] if any(model.benchmarks for model in models) else []
 
 
 def _scaling(study: Study, draw: _Draw) -> list[Block]:

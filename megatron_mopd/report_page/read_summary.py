@@ -80,13 +80,18 @@ def _scaling_point(node: _Node) -> ScalingPoint:
 
 
 def _model(node: _Node) -> Model:
-    perplexity, outside = node.get("perplexity"), node.get("out_of_domain")
+    perplexity = node.get("perplexity")
     accuracies = {domain: entry.get("accuracy") for domain, entry in node["domains"].items()}
     return Model(
         accuracy={domain: _estimate(entry) for domain, entry in accuracies.items() if entry},
         perplexity=_estimate(perplexity) if perplexity else None,
-        out_of_domain={name: _estimate(entry) for name, entry in outside.items()} if outside else {},
+        out_of_domain=_estimates(node.get("out_of_domain")),
+        benchmarks=_estimates(node.get("benchmarks")),
     )
+
+
+def _estimates(node: _Node | None) -> dict[str, Estimate]:
+    return {name: _estimate(entry) for name, entry in node.items()} if node else {}
 
 
 def _compute(node: _Node) -> dict[str, float]:

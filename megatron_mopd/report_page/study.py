@@ -30,6 +30,8 @@ class Model:
     """Of held-out text, e^(nats per token)."""
     out_of_domain: Mapping[str, Estimate] = field(default_factory=dict)
     """Task that no method trained on -> accuracy in [0, 1]."""
+    benchmarks: Mapping[str, Estimate] = field(default_factory=dict)
+    """Public benchmark -> accuracy in [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,6 +85,25 @@ def accuracy_table(study: Study) -> Table:
     )
 
 
+def benchmark_table(study: Study) -> Table:
+    """Accuracy of the base, the teachers and the methods on the public benchmarks that were evaluated."""
+    models = [("base", study.base), *((f"teacher {teacher.name}", teacher.model) for teacher in study.teachers)]
+    first = len(models)
+    models += [(method.label, method.model) for method in study.methods]
+    names = list(dict.fromkeys(name for _, model in models for name in model.benchmarks))
+    best = {name: _best([model.benchmarks.get(name) for _, model in models[first:]]) for name in names}
+    return Table(
+        caption=f"Accuracy on public benchmarks. {_intervals(study)} Bold: the best method of a column.",
+        groups=(),
+        columns=("model", *names),
+        rows=tuple(
+            (Cell(label), *(_cell(model.benchmarks.get(name), best[name] if row >= first else None) for name in names))
+            for row, (label, model) in enumerate(models)
+        ),
+        rules=(1, first) if study.teachers else (first,),
+    )
+
+
 def published_table() -> Table:
     """The published accuracies, from which the published scores follow."""
     rows = [BASE, TEACHER, *TABLE.values(), *ABLATIONS.values()]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd.evaluation.results import EvalResult
+from megatron_mopd.evaluation.results import EvalResult, Score
 from megatron_mopd.report import mean, normalised
 from megatron_mopd.reproduce.config import BASE, TEACHERS, ReproduceConfig
 from megatron_mopd.reproduce.cost import own_nodes
@@ -108,7 +108,7 @@ def summarise(
             "score": over_seeds(partial(figures.mean_score, model=name, domains=figures.domains)),
             "domains": scores,
             "rollouts": config.rollouts(name),
-            **_other_abilities(figures, name, seeds),
+            **other_abilities(figures, name, seeds),
             "compute": compute(name),
             "runs": {str(seed): str(stored[f"seed{seed}/{name}"].folder) for seed in seeds},
         }
@@ -118,11 +118,12 @@ def summarise(
         "title": config.title,
         "domains": list(figures.domains),
         "seeds": list(seeds),
-        "base": {"domains": accuracies(BASE), **_other_abilities(figures, BASE, seeds), "compute": compute(BASE)},
+        "base": {"domains": accuracies(BASE), **other_abilities(figures, BASE, seeds), "compute": compute(BASE)},
         "teachers": {
             name: {
                 "domain": _taught(figures, name),
                 "domains": accuracies(f"{TEACHERS}.{name}"),
+                **other_abilities(figures, f"{TEACHERS}.{name}", seeds),
                 "compute": compute(f"{TEACHERS}.{name}"),
                 "runs": {str(seed): str(stored[f"seed{seed}/{TEACHERS}.{name}"].folder) for seed in seeds},
             }
@@ -148,18 +149,20 @@ def _taught(figures: Figures, teacher: str) -> str | list[str] | None:
     return (domains[0] if len(domains) == 1 else domains) or None
 
 
-def _other_abilities(figures: Figures, model: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """Perplexity and out-of-domain accuracy; null where the evaluation has none."""
+def other_abilities(figures: Figures, model: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Benchmarks, perplexity and out-of-domain accuracy; null where the evaluation has none."""
     results = {seed: figures.results[seed, model] for seed in seeds}
     perplexities = {seed: result.perplexity for seed, result in results.items() if result.perplexity is not None}
-    outside = next(iter(results.values())).out_of_domain
+
+    def accuracies(tasks: Callable[[EvalResult], Mapping[str, Score]]) -> dict[str, Any] | None:
+        names = list(tasks(next(iter(results.values()))))
+        per_seed = {name: {seed: tasks(result)[name].accuracy for seed, result in results.items()} for name in names}
+        return {name: Estimate.of(values).as_json() for name, values in per_seed.items()} or None
+
     return {
+        "benchmarks": accuracies(lambda result: result.benchmarks),
         "perplexity": Estimate.of(perplexities).as_json() if perplexities else None,
-        "out_of_domain": {
-            name: Estimate.of({seed: result.out_of_domain[name].accuracy for seed, result in results.items()}).as_json()
-            for name in outside
-        }
-        or None,
+        "out_of_domain": accuracies(lambda result: result.out_of_domain),
     }
 
 

@@ -66,13 +66,15 @@ def final_bytes(run_dir: Path) -> bytes:
 
 @pytest.mark.slow
 def test_killed_five_times_and_the_same_to_the_last_bit(models: Path, tmp_path: Path) -> None:
-    smooth = run_tree(models, tmp_path / "smooth") | {"steps": STEPS}
+    # gap_aware: what the domains' weights follow from is part of what a resume must bring back.
+    changes = {"steps": STEPS, "objective": {"kind": "full_vocab", "domain_weights": {"kind": "gap_aware"}}}
+    smooth = run_tree(models, tmp_path / "smooth") | changes
     code, output = finish(start(write_run(tmp_path / "smooth.yaml", smooth)))
     assert code == 0, output
 
     rng = random.Random(20260629)
     # A step takes some tens of milliseconds here: enough of them that five kills fall into the run.
-    config = write_run(tmp_path / "rough.yaml", run_tree(models, tmp_path / "rough") | {"steps": STEPS})
+    config = write_run(tmp_path / "rough.yaml", run_tree(models, tmp_path / "rough") | changes)
     kills = 0
     for _ in range(KILLS + 5):
         process = start(config)
@@ -94,6 +96,7 @@ def test_killed_five_times_and_the_same_to_the_last_bit(models: Path, tmp_path: 
     assert kills == KILLS
     assert final_bytes(tmp_path / "rough") == final_bytes(tmp_path / "smooth")
     columns = ("step", "loss", "grad_norm", "lr", "reverse_kl/a", "reverse_kl/b", "reverse_kl/c", "reward/b")
+    columns += ("domain_factor/a", "domain_factor/b")
     rough, calm = (
         [[record[c] for c in columns] for record in read_records(tmp_path / name / "metrics.jsonl")]
         for name in ("rough", "smooth")

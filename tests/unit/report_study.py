@@ -43,6 +43,7 @@ def method(label: str, family: str, score: float, cost: Mapping[str, float], run
         "domains": domains,
         "perplexity": estimate(20 + score, 20.5 + score, 21 + score),
         "out_of_domain": {"jumble": estimate(0.1, 0.1 + score / 100, 0.12)},
+        "benchmarks": {"aime25": estimate(score / 2 - 0.05, score / 2, score / 2 + 0.05)},
         "compute": dict(cost),
         "runs": dict(runs),
     }
@@ -59,6 +60,7 @@ def summary(title: str = "Made up") -> dict[str, Any]:
             "domains": accuracies(0.5, 0.3),
             "perplexity": estimate(20.1, 20.2, 20.3),
             "out_of_domain": {"jumble": estimate(0.11, 0.12, 0.13)},
+            "benchmarks": {"aime25": estimate(0.2, 0.21, 0.22)},
         },
         "teachers": {
             "adder": {"domain": "add", "domains": accuracies(0.9, 0.31), "compute": compute(5000, 5100, 0, 33)},

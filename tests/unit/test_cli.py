@@ -128,6 +128,16 @@ def test_python_m_is_the_same_command(tmp_path: Path) -> None:
     assert done.stderr == f"mopd: error: config file {tmp_path}/none.yaml: No such file or directory\n"
 
 
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    command = [sys.executable, "-m", "megatron_mopd", "reproduce", "configs/tiny/scaling.yaml", "--dry-run"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == cli.EXIT_NO_READER
+
+
 def test_an_unknown_option_is_refused(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["run", str(config_file), "--stpes", "5"])

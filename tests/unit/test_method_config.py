@@ -42,6 +42,18 @@ def load(folder: Path, text: str, overrides: Sequence[str]) -> RunConfig:
             ["objective={kind: sampled, divergence: jsd}"],
             "objective.divergence: only for the kind 'full_vocab', not 'sampled'",
         ),
+        (
+            MOPD,
+            ["objective.domain_weights.kind=token_share"],
+            "objective.domain_weights.kind: 'token_share' shares out",
+        ),
+        (RL, ["objective.domain_weights.kind=gap_aware"], "objective.domain_weights.kind: 'gap_aware' is of stage"),
+        (
+            MOPD,
+            ["objective.domain_weights={kind: gap_aware, low: 2}"],
+            "objective.domain_weights: low and high: must be 0 < low",
+        ),
+        (MOPD, ["objective.domain_weights.decay=0.5"], "objective.domain_weights: low, high and decay: only for"),
         (MOPD, ["objective.divergence=hellinger"], "objective.divergence: expected one of reverse_kl, forward_kl, jsd"),
         (
             MOPD,
@@ -87,6 +99,8 @@ def test_methods_that_cannot_run(tmp_path: Path, text: str, overrides: list[str]
         (MOPD, ["objective={kind: teacher_topk, top_k: 8}"]),
         (MOPD, ["objective={kind: full_vocab, divergence: mixed, alpha: 0.1}", DATASET]),
         (MOPD, ["objective.divergence=jsd", "objective.beta=0.1", "domain_schedule=sequential"]),
+        (MOPD, ["objective.aggregation=token", "objective.domain_weights.kind=token_share"]),
+        (MOPD, ["objective.domain_weights={kind: gap_aware, low: 0.2, high: 4, decay: 0.5}"]),
         (SFT, [DATASET]),
         (RL, ["domain_schedule=sequential"]),
     ],

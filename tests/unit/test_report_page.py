@@ -106,6 +106,10 @@ OTHERS = [
     ["training teacher sorter", "6k", "6.1k", "0", "44"],
     ["base", "20.20 [20.10, 20.30]", "0.120 [0.110, 0.130]"],
     ["MOPD full", "21.46 [20.96, 21.96]", "0.110 [0.100, 0.120]"],
+    ["model", "aime25"],
+    ["base", "0.210 [0.200, 0.220]"],
+    ["teacher sorter", NONE],
+    ["MOPD full", "0.478 [0.428, 0.528]"],
     ["RL teacher of each domain", "54.79", "63.65", "78.40", "95.50", "51.20", "1.000"],
 ]
 
@@ -172,7 +176,7 @@ def test_a_run_alone_has_its_curves_and_says_what_is_missing(tmp_path: Path) -> 
     out = write_report([tmp_path / "run"], tmp_path / "out").parent
     page = _Page((out / "report.html").read_text(encoding="utf-8"))
     missing = {name for name, words in page.words.items() if "No data: needs" in words}
-    assert missing == {"scores", "accuracy", "scaling", "compute", "forgetting"}
+    assert missing == {"scores", "accuracy", "benchmarks", "scaling", "compute", "forgetting"}
     assert "No data: needs a study with scaling." in page.words["scaling"]
     assert {path.stem for path in out.glob("*.png")} == {"learning", "divergence", "share"}
     assert "over generated tokens." in page.words["learning"]
@@ -181,15 +185,17 @@ def test_a_run_alone_has_its_curves_and_says_what_is_missing(tmp_path: Path) -> 
 def test_a_study_without_the_rest_says_so(tmp_path: Path) -> None:
     content = summary("Poor")
     content["scaling"] = None
+    del content["base"]["benchmarks"]
     content["seeds"] = [0]
     content["methods"] = {"mopd": method("MOPD", "mopd", 0.9, {}, {})}
-    content["methods"]["mopd"] |= {"perplexity": None, "out_of_domain": None, "compute": None}
+    content["methods"]["mopd"] |= {"perplexity": None, "out_of_domain": None, "benchmarks": None, "compute": None}
     content["methods"]["mopd"]["score"] = {"mean": None, "interval": None, "per_seed": {"0": None}}
     (tmp_path / "summary.json").write_text(json.dumps(content))
     out = write_report([tmp_path], tmp_path / "out").parent
     markdown = (out / "report.md").read_text(encoding="utf-8")
     for what in (
         "a study with `scaling`",
+        "`evaluation.benchmarks`",
         "evaluations during training",
         "a run's metrics",
         "methods with their compute",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from megatron_mopd.reproduce.cost import Cost, budget_line, check_budget, drawin
 from megatron_mopd.reproduce.graph import Node, in_order, with_inputs
 from megatron_mopd.reproduce.statistics import Estimate
 from megatron_mopd.reproduce.store import write_json
-from megatron_mopd.reproduce.summary import Figures, lost_leads, summary_path
+from megatron_mopd.reproduce.summary import Figures, lost_leads, other_abilities, summary_path
 from megatron_mopd.reproduce.table import shown
 from megatron_mopd.reproduce.tune import trial_scores, tuning_table
 from megatron_mopd.yaml_config import ConfigError
@@ -84,7 +84,7 @@ def test_the_budget_counts_everything_but_base_and_teachers_once() -> None:
 
 def test_what_dynamic_sampling_draws_is_not_called_checked() -> None:
     plain, more = run("seed0/plain", "rl"), run("seed0/more", "rl")
-    more = dataclasses.replace(more, tree=more.tree | {"objective": {"dynamic_sampling": True}})
+    more = replace(more, tree=more.tree | {"objective": {"dynamic_sampling": True}})
     nodes = {item.name: item for item in (plain, more)}
     assert drawing_more(nodes, ["plain", "more"], 0) == ["more"]
     assert budget_line({"plain": 32, "more": 32}, 32, ["more"]) == (
@@ -141,6 +141,21 @@ def test_scores_are_normalised_by_the_teacher_of_each_domain_and_seed() -> None:
     assert math.isnan(figures.mean_score(1, "mopd", ["x"]))
     (line,) = lost_leads(figures)
     assert line.startswith("seed 1: teacher one has 0.500 in x, the base 0.500: no lead to keep")
+
+
+def test_benchmarks_are_averaged_over_seeds_and_null_where_there_are_none() -> None:
+    def at(accuracy: float) -> EvalResult:
+        return replace(result(x=0.5), benchmarks=result(aime25=accuracy, ifeval=0.5).domains)
+
+    figures = Figures(
+        domains={"x": "one"}, results={(0, "m"): at(0.25), (1, "m"): at(0.75), (0, "base"): result(x=0.1)}, compute={}
+    )
+    found = other_abilities(figures, "m", (0, 1))
+    assert found["benchmarks"]["aime25"]["mean"] == 0.5
+    assert found["benchmarks"]["aime25"]["per_seed"] == {"0": 0.25, "1": 0.75}
+    assert found["benchmarks"]["ifeval"]["interval"] == [0.5, 0.5]
+    assert found["perplexity"] is None and found["out_of_domain"] is None
+    assert other_abilities(figures, "base", (0,))["benchmarks"] is None
 
 
 def test_a_summary_of_fewer_seeds_never_replaces_one_of_more(tmp_path: Path) -> None:

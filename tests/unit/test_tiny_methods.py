@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_mopd.config import RunConfig, load_config
+from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "tiny"
 METHODS = ("mix_rl", "cascade_rl", "off_policy", "off_policy_kl", "mopd_sampled", "mopd_topk", "mopd")
@@ -47,3 +51,18 @@ def test_methods_differ_where_they_should() -> None:
     assert [name for name, c in configs.items() if c.domain_schedule == "sequential"] == ["cascade_rl"]
     mix = configs["mix_rl"].domain_shares(0)
     assert mix == pytest.approx(dict.fromkeys(("math", "reverse", "sort"), 1 / 3))
+
+
+def test_the_held_out_text_is_that_of_its_script_and_of_held_out_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parents[1])
+    texts = runpy.run_path(str(FOLDER / "build_text.py"))["texts"]()
+    lines = (FOLDER / "held_out_text.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == texts
+    assert len(set(texts)) == 300
+    tokenizer = Tokenizer.load(FOLDER / "model")
+    evaluated = load_config(FOLDER / "mopd.yaml", ["evaluation.prompts=500", "evaluation.validation_prompts=200"])
+    mixer = DomainMixer(evaluated, tokenizer)  # as reproduce.yaml evaluates, and so keeps back
+    held_out = {
+        tokenizer.decode(p.token_ids, keep_special=True) for name in evaluated.domains for p in mixer.held_out(name)
+    }
+    assert {text[: text.index("<|assistant|>") + len("<|assistant|>")] for text in texts} <= held_out
