@@ -97,14 +97,17 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
-    """Degrees of parallelism. Data parallel is what is left: world / (tensor * pipeline)."""
+    """Degrees of parallelism. Data parallel is what is left: world / (tensor * pipeline * context)."""
 
     tensor: int = 1
     """Ranks that share every matrix, with sequence parallelism; must divide the key/value heads."""
     pipeline: int = 1
     """Stages; must divide the layers."""
+    context: int = 1
+    """Ranks that share the tokens of every sequence, for long answers: activations / context. Each pads a sequence to
+    a multiple of 2 * context tokens."""
     expert: int = 1
-    """Expert parallel ranks; they lie in the tensor x data ranks of a pipeline stage."""
+    """Expert parallel ranks; they lie in the tensor x context x data ranks of a pipeline stage."""
     ranks: int | None = None
     """Ranks that `mopd run` starts on this machine; default: one per GPU, or the fewest that fit on a CPU."""
     port: int | None = None
@@ -113,15 +116,15 @@ class ParallelSpec:
     """Recompute activations in the backward pass, layer by layer."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "expert"):
+        for name in ("tensor", "pipeline", "context", "expert"):
             require(getattr(self, name) >= 1, f"{name}: must be >= 1")
         require(self.ranks is None or self.ranks >= 1, "ranks: must be >= 1")
         require(self.port is None or 1 <= self.port <= 65535, "port: must be in 1..65535")
 
     @property
     def default_ranks(self) -> int:
-        """The fewest ranks with this layout: experts fold over tensor and data ranks."""
-        return self.pipeline * math.lcm(self.tensor, self.expert)
+        """The fewest ranks with this layout: experts fold over tensor, context and data ranks."""
+        return self.pipeline * math.lcm(self.tensor * self.context, self.expert)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,12 +265,17 @@ class RunConfig:
 
 
 def check_layout(parallel: ParallelSpec, world_size: int) -> None:
-    """Raise ConfigError when tensor x pipeline x expert does not fit `world_size` ranks."""
-    tp, pp, ep = parallel.tensor, parallel.pipeline, parallel.expert
-    if world_size % (tp * pp):
+    """Raise ConfigError when tensor x pipeline x context and expert do not fit `world_size` ranks.
+
+    Megatron-Core lays two grids over a stage: tensor x context x data, and expert x its own data. Each must fill it.
+    """
+    tp, pp, cp, ep = parallel.tensor, parallel.pipeline, parallel.context, parallel.expert
+    if world_size % (tp * pp * cp):
+        degrees = {"tensor": tp, "pipeline": pp} | ({"context": cp} if cp > 1 else {})
+        product = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
         raise ConfigError(
-            f"parallel: tensor {tp} x pipeline {pp} = {tp * pp} does not divide the {world_size} ranks; "
-            f"start a multiple of {tp * pp} ranks or change parallel.tensor / parallel.pipeline"
+            f"parallel: {product} = {tp * pp * cp} does not divide the {world_size} ranks; "
+            f"start a multiple of {tp * pp * cp} ranks or change " + " / ".join(f"parallel.{name}" for name in degrees)
         )
     stage = world_size // pp
     if stage % ep:

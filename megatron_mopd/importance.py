@@ -19,7 +19,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_mopd.method_config import ImportanceSpec
 
@@ -50,13 +52,20 @@ class Importance:
 
 @torch.no_grad()
 def importance_weights(
-    spec: ImportanceSpec, student_logprobs: Tensor, rollout_logprobs: Tensor, sequence_index: Tensor
+    spec: ImportanceSpec,
+    student_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    sequence_index: Tensor,
+    *,
+    sequences: int,
+    context: ProcessGroup | None = None,
 ) -> Importance:
     """The weights of R rows.
 
     student_logprobs, rollout_logprobs: [R] fp32, log p_train and log mu of the sampled tokens, both of
-    softmax(logits / temperature). sequence_index: [R] which of the batch's sequences a row is of; a sequence has all
-    its rows in one batch.
+    softmax(logits / temperature). sequence_index: [R] which of the batch's `sequences` a row is of. A sequence has all
+    its rows in one batch; the ranks of `context` (None: this one alone) each have some of them, and where the weight is
+    the sequence's this is collective over them.
     """
     log_ratio = student_logprobs.detach() - rollout_logprobs
     ratio = log_ratio.clamp(-_MAX_LOG, _MAX_LOG).exp()
@@ -67,10 +76,12 @@ def importance_weights(
         return Importance(ratio.clamp(low, high), ratio)
     if spec.kind == "icepop":
         return Importance(_within(ratio, low, high) * ratio, ratio)
-    sequences = int(sequence_index.max()) + 1 if len(sequence_index) else 0
-    total = log_ratio.new_zeros(sequences).index_add_(0, sequence_index, log_ratio)
+    sums = log_ratio.new_zeros(2, sequences)
+    sums.index_add_(1, sequence_index, torch.stack([log_ratio, torch.ones_like(log_ratio)]))
+    if context is not None:
+        dist.all_reduce(sums, group=context)
+    total, lengths = sums
     if spec.kind == "geometric":
-        lengths = log_ratio.new_zeros(sequences).index_add_(0, sequence_index, torch.ones_like(log_ratio))
         mean = (total / lengths.clamp(min=1)).clamp(-_MAX_LOG, _MAX_LOG).exp()
         return Importance(_within(mean, low, high)[sequence_index], ratio)
     product = total.clamp(-_MAX_LOG, _MAX_LOG).exp()

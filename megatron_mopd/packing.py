@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from megatron_mopd.config import RunConfig
+from megatron_mopd.token_layout import TokenLayout, padded_length
 from megatron_mopd.types import MicroBatch, Rollout, to_device
 from megatron_mopd.yaml_config import ConfigError
 
@@ -78,51 +79,68 @@ def pack(
     multiple_of: int,
     device: torch.device,
     with_experts: bool = False,
+    context_ranks: int = 1,
+    context_rank: int = 0,
 ) -> MicroBatch:
     """Lay rollouts end to end. A dummy sequence pads S to a multiple of `multiple_of` (sequence parallelism).
 
+    The context ranks share one micro-batch: each gets the tokens that it holds (`token_layout.py`) and the rows that
+    these predict, of which every row has one. The units are counted on the first of them.
+
     `with_experts` also lays out the rollouts' `routed_experts`, which all of them must have.
     """
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    padding = -sum(lengths) % multiple_of if lengths else multiple_of
-    if padding:
-        lengths = [*lengths, padding]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens = [rollout.token_ids for rollout in rollouts] + [np.zeros(padding, np.int64)]
-    # Token t is predicted from the hidden state one position earlier.
-    rows = [start + np.flatnonzero(rollout.loss_mask) - 1 for start, rollout in zip(starts, rollouts, strict=False)]
-    counts = [len(r) for r in rows]
+    layout = TokenLayout.of(
+        [len(rollout.token_ids) for rollout in rollouts],
+        multiple_of=multiple_of,
+        context_ranks=context_ranks,
+        context_rank=context_rank,
+    )
+    # Token t is predicted from the hidden state one position earlier, which another context rank may hold.
+    predicting = [
+        start + np.flatnonzero(rollout.loss_mask) - 1 for start, rollout in zip(layout.starts, rollouts, strict=False)
+    ]
+    rows, kept = layout.rows(np.concatenate([*predicting, np.zeros(0, np.int64)]))
+    counts = [len(r) for r in predicting]
     units = len(rollouts) if aggregation == "sequence" else sum(counts)
     per_row = [1.0 / count if aggregation == "sequence" else 1.0 for count in counts]
 
-    def of_rows(values: Sequence[float] | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return to_device(np.repeat(np.asarray(values, np.float64), counts), device, dtype)
+    def of_rollouts(values: Sequence[float] | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """One value a rollout -> [R]"""
+        return to_device(np.repeat(np.asarray(values, np.float64), counts)[kept], device, dtype)
 
-    def joined(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
-        return to_device(np.concatenate([*parts, np.zeros(0, parts[0].dtype if parts else np.int64)]), device, dtype)
+    def of_tokens(values: Sequence[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
+        """[trained tokens] of each rollout -> [R]"""
+        return to_device(np.concatenate([*values, np.zeros(0, np.int64)])[kept], device, dtype)
 
     return MicroBatch(
         teacher=teacher,
-        token_ids=joined(tokens, torch.int64),
-        position_ids=joined([np.arange(length) for length in lengths], torch.int64),
-        cu_seqlens=to_device(starts, device, torch.int32),
-        max_seqlen=max(lengths),
-        rows=joined(rows, torch.int64),
-        targets=joined([rollout.response_ids for rollout in rollouts], torch.int64),
-        weights=of_rows(per_row, torch.float32),
-        num_units=units,
-        rollout_logprobs=joined([r.rollout_logprobs[r.loss_mask] for r in rollouts], torch.float32),
-        outcome_advantages=of_rows([r.outcome_advantage for r in rollouts], torch.float32),
-        domain_index=of_rows([domain_names.index(r.domain) for r in rollouts], torch.int64),
-        sequence_index=of_rows(range(len(rollouts)), torch.int64),
-        routed_experts=_join_experts(rollouts, padding) if with_experts and rollouts else None,
+        token_ids=to_device(layout.tokens([rollout.token_ids for rollout in rollouts]), device, torch.int64),
+        position_ids=to_device(layout.positions(), device, torch.int64),
+        cu_seqlens=to_device(layout.starts, device, torch.int32),
+        max_seqlen=layout.longest,
+        rows=to_device(rows, device, torch.int64),
+        targets=of_tokens([rollout.response_ids for rollout in rollouts], torch.int64),
+        weights=of_rollouts(per_row, torch.float32),
+        num_units=units if context_rank == 0 else 0,
+        rollout_logprobs=of_tokens([r.rollout_logprobs[r.loss_mask] for r in rollouts], torch.float32),
+        outcome_advantages=of_rollouts([r.outcome_advantage for r in rollouts], torch.float32),
+        domain_index=of_rollouts([domain_names.index(r.domain) for r in rollouts], torch.int64),
+        sequence_index=of_rollouts(range(len(rollouts)), torch.int64),
+        token_domain=to_device(
+            layout.tokens(
+                [np.full(len(r.token_ids), domain_names.index(r.domain)) for r in rollouts], padding=len(domain_names)
+            ),
+            device,
+            torch.int64,
+        ),
+        routed_experts=_lay_out_experts(rollouts, layout) if with_experts and rollouts else None,
     )
 
 
-def _join_experts(rollouts: Sequence[Rollout], padding: int) -> torch.Tensor:
-    """[S, MoE layers, k] int16; -1 for the padding."""
+def _lay_out_experts(rollouts: Sequence[Rollout], layout: TokenLayout) -> torch.Tensor:
+    """[S / C, MoE layers, k] int16; -1 for the padding."""
     parts = [rollout.routed_experts for rollout in rollouts if rollout.routed_experts is not None]
-    return torch.from_numpy(np.concatenate([*parts, np.full((padding, *parts[0].shape[1:]), -1, np.int16)]))
+    return torch.from_numpy(layout.tokens(parts, np.int16, padding=-1))
 
 
 def pack_step(
@@ -133,6 +151,8 @@ def pack_step(
     data_ranks: int,
     multiple_of: int,
     device: torch.device,
+    context_ranks: int = 1,
+    context_rank: int = 0,
 ) -> list[MicroBatch]:
     """All micro-batches of one data-parallel rank; teachers in the order of the configuration.
 
@@ -146,7 +166,7 @@ def pack_step(
             f"({without[0]} first); use servers that report them, or set it to off"
         )
     plans = plan_microbatches(
-        [len(rollout.token_ids) for rollout in rollouts],
+        [padded_length(len(rollout.token_ids), context_ranks) for rollout in rollouts],
         [config.domains[rollout.domain].teacher for rollout in rollouts],
         order=tuple(config.teachers) or (None,),
         ranks=data_ranks,
@@ -161,6 +181,8 @@ def pack_step(
             multiple_of=multiple_of,
             device=device,
             with_experts=with_experts,
+            context_ranks=context_ranks,
+            context_rank=context_rank,
         )
         for plan in plans
     ]

@@ -15,6 +15,7 @@ from megatron_mopd.config import DomainSpec, ModelSpec, RunConfig, Split, check_
 from megatron_mopd.domains.command import check_command
 from megatron_mopd.domains.dataset import Dataset
 from megatron_mopd.domains.mixer import DomainMixer
+from megatron_mopd.environment import gpu_count
 from megatron_mopd.environments.opening import check_environment
 from megatron_mopd.evaluation.documents import read_windows
 from megatron_mopd.hub import MANIFEST, MODEL_FOLDER, resolve_folder
@@ -83,6 +84,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError for whatever would stop `config` on `world_size` ranks."""
     check_layout(config.parallel, world_size)
     check_gpu_packages(config.model)
+    check_context(config)
     inputs = resolve_inputs(config)
     check_architecture(inputs.arch, config.parallel)
     _check_replay(config, inputs.arch)
@@ -109,6 +111,15 @@ def check_gpu_packages(model: ModelSpec) -> None:
             "model.gradient_accumulation_fusion: NVIDIA's apex with its CUDA extensions is not installed; build it "
             "(APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation . in github.com/NVIDIA/apex) "
             "or set it to false"
+        )
+
+
+def check_context(config: RunConfig) -> None:
+    """Raise ConfigError for several context ranks on GPUs in fp32, which no attention of Transformer Engine's takes."""
+    if config.parallel.context > 1 and config.model.dtype == "float32" and gpu_count():
+        raise ConfigError(
+            f"parallel.context: {config.parallel.context} on GPUs needs bfloat16, model.dtype is float32; "
+            "set model.dtype: bfloat16 or parallel.context: 1"
         )
 
 

@@ -137,7 +137,8 @@ class Run:
         return [[r for r in rollouts if part_of[r.prompt.id] == part] for part in range(parts)]
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """This data-parallel rank's micro-batches; on every rank as many, with the same teachers in the same order."""
+        """This rank's share of its data-parallel group's micro-batches; on every rank as many, with the same teachers
+        in the same order."""
         config, objective = self.config, self.config.objective
         batches = pack_step(
             rollouts,
@@ -146,6 +147,8 @@ class Run:
             data_ranks=self.world.data.size,
             multiple_of=self.world.tensor.size * config.model.tokens_multiple,
             device=self.world.device,
+            context_ranks=self.world.context.size,
+            context_rank=self.world.context.rank,
         )
         weights = {name: domain.weight for name, domain in config.domains.items()}
         units = count_units(rollouts, objective.aggregation)

@@ -1,7 +1,8 @@
 """The data that moves through a step, in the order in which it appears.
 
 Letters used in shapes: T tokens of one sequence (prompt + response), R response tokens that are
-trained on, S tokens of one packed micro-batch, N sequences in it, H hidden size.
+trained on, S tokens of one packed micro-batch, N sequences in it, H hidden size. Context-parallel
+ranks share a micro-batch: S and R are then those of one rank, of C S and of all rows.
 
 Convention: index t of every per-token array describes token t itself, given the tokens before it.
 The one shift to next-token prediction happens in `packing.py` and nowhere else.
@@ -141,10 +142,11 @@ class MicroBatch:
     token_ids: Tensor
     """[S] int64"""
     position_ids: Tensor
-    """[S] int64, starting at 0 in every sequence."""
+    """[S] int64, the token's place in its sequence, from 0."""
     cu_seqlens: Tensor
-    """[N + 1] int32, boundaries of the sequences, the last one being S."""
+    """[N + 1] int32, boundaries of the sequences over all C context ranks, padding included; the last one is C S."""
     max_seqlen: int
+    """Of the longest sequence, likewise."""
     rows: Tensor
     """[R] int64, indices into S."""
     targets: Tensor
@@ -152,7 +154,8 @@ class MicroBatch:
     weights: Tensor
     """[R] fp32, 1/|y| of the row's sequence (`sequence` aggregation) or 1 (`token`)."""
     num_units: int
-    """Sequences (`sequence`) or tokens (`token`) in here: this batch's share of the denominator."""
+    """Sequences (`sequence`) or tokens (`token`) in here: this batch's share of the denominator. 0 on all but the first
+    of the context ranks that share it."""
     rollout_logprobs: Tensor
     """[R] fp32"""
     outcome_advantages: Tensor
@@ -160,7 +163,9 @@ class MicroBatch:
     domain_index: Tensor
     """[R] int64, index into `RunConfig.domain_names`."""
     sequence_index: Tensor
-    """[R] int64, which of the N sequences the row is of."""
+    """[R] int64, which of the N sequences the row is of; the same number on every context rank."""
+    token_domain: Tensor | None = None
+    """[S] int64, the domain that a token's rollout is of; the number of domains for padding. For counts only."""
     routed_experts: Tensor | None = None
     """[S, MoE layers, k] int16, in host memory: the experts that the student's tokens go to, whatever its routers would
     choose; -1 throughout a row that is left to the router. Teachers never read it. None: all are."""

@@ -20,6 +20,7 @@ from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.model import build_model
 from megatron_mopd.student.step import score
 from megatron_mopd.student.weights import load_hf
+from megatron_mopd.token_layout import padded_length
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import MicroBatch, Rollout
 
@@ -43,7 +44,7 @@ def checkpoint_perplexity(
     load_hf(model, arch, folder, world)
     batches = _pack(read_windows(path, arch, tokenizer), config.optim.max_tokens_per_microbatch, world)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    # The tensor ranks of a stage report the same rows, and only the last stage has them.
+    # The tensor ranks of a stage report the same rows, context and data ranks others, and only the last stage has them.
     if world.is_last_stage and world.tensor.rank == 0:
         sums[1] = sum(len(batch.targets) for batch in batches)
     for result in score(model, batches, arch.vocab_size, world, _LOGPROBS):
@@ -56,7 +57,7 @@ def checkpoint_perplexity(
 def _pack(windows: Sequence[Rollout], max_tokens: int, world: World) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches, on every rank as many."""
     plans = plan_microbatches(
-        [len(window.token_ids) for window in windows],
+        [padded_length(len(window.token_ids), world.context.size) for window in windows],
         [None] * len(windows),
         order=(None,),
         ranks=world.data.size,
@@ -70,6 +71,8 @@ def _pack(windows: Sequence[Rollout], max_tokens: int, world: World) -> list[Mic
             aggregation="token",
             multiple_of=world.tensor.size,
             device=world.device,
+            context_ranks=world.context.size,
+            context_rank=world.context.rank,
         )
         for plan in plans
     ]

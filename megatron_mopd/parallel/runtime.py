@@ -36,14 +36,17 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Where this rank stands. Experts lie in the tensor x data ranks of a pipeline stage."""
+    """Where this rank stands. Experts lie in the tensor x context x data ranks of a pipeline stage."""
 
     size: int
     rank: int
     device: torch.device
     tensor: Axis
     pipeline: Axis
+    context: Axis
+    """Ranks that share the tokens of the same micro-batches; to the optimizer they are data-parallel ones."""
     data: Axis
+    """Without the context ranks: rollouts are shared out over these."""
     expert: Axis
 
     @property
@@ -124,6 +127,7 @@ def start_world(parallel: ParallelSpec, seed: int) -> World:
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
     )
@@ -135,6 +139,7 @@ def start_world(parallel: ParallelSpec, seed: int) -> World:
         device=device,
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        context=_axis(parallel_state.get_context_parallel_group()),
         data=_axis(parallel_state.get_data_parallel_group()),
         expert=_axis(parallel_state.get_expert_model_parallel_group()),
     )

@@ -8,8 +8,9 @@ sec. 4): it has not been measured on a GPU.
 Letters: H hidden, Q = query heads x head size, K = key/value heads x head size, d head size, E experts, k experts of a
 token, F width of an expert (or of the dense MLP, with k = 1), t tensor ranks. Sequence parallelism divides by t what
 tensor parallelism does not (`transformer_config` switches it on with t > 1); experts are not cut by t, but each tensor
-rank dispatches its own S/t tokens. Routing is taken as balanced: with expert parallelism a rank that is sent more
-tokens than the average needs more.
+rank dispatches its own S/t tokens. Context parallelism leaves a rank its share of the tokens; on a CPU it keeps the
+keys and values of all. Routing is taken as balanced: with expert parallelism a rank that is sent more tokens than the
+average needs more.
 """
 
 from __future__ import annotations
@@ -31,23 +32,29 @@ class Kept:
     bytes: float
 
 
-def kept_by_layer(arch: Architecture, spec: LayerSpec, itemsize: int, tensor: int) -> tuple[Kept, ...]:
-    """The ledger of one layer. Bytes per token of the micro-batch (all of its tokens, not the rank's share of them)."""
-    parts = _local(arch, itemsize) if spec == "local" else _transformer_engine(arch, itemsize)
+def kept_by_layer(
+    arch: Architecture, spec: LayerSpec, itemsize: int, tensor: int, context: int = 1
+) -> tuple[Kept, ...]:
+    """The ledger of one layer. Bytes per token of the context rank (all of its tokens, not the tensor rank's share)."""
+    parts = _local(arch, itemsize, context) if spec == "local" else _transformer_engine(arch, itemsize)
     return tuple(Kept(name, size / tensor) for name, size in parts)
 
 
-def _local(arch: Architecture, b: int) -> list[tuple[str, float]]:
+def _local(arch: Architecture, b: int, context: int) -> list[tuple[str, float]]:
     h, d = arch.hidden_size, arch.head_dim
     q, kv = arch.num_heads * d, arch.num_kv_heads * d
+    gathered = kv if context == 1 else 2 * context * kv
     parts: list[tuple[str, float]] = [
         ("input norm: input, normalised, scale", (2 * h + 1) * b),
         ("qkv: input", h * b),
         ("query norm: input, normalised, scale", (2 * q + arch.num_heads) * b),
         ("key norm: all of qkv, normalised, scale", (q + 3 * kv + arch.num_kv_heads) * b),
         ("rotary: sine and cosine, twice", 4 * d * b),
-        ("padding: queries and keys", (q + kv) * b),
-        ("attention: padded queries, keys, values, result, log-sum-exp", (2 * q + 2 * kv + arch.num_heads) * b),
+        ("padding: queries and keys; with several context ranks what was gathered", (q + gathered) * b),
+        (
+            "attention: padded queries, keys, values, result, log-sum-exp",
+            (2 * q + 2 * context * kv + arch.num_heads) * b,
+        ),
         ("projection: input", q * b),
         ("second norm: input, normalised, scale", (2 * h + 1) * b),
     ]
@@ -99,7 +106,7 @@ class ActivationShape:
     spec: LayerSpec
     itemsize: int
     tokens: int
-    """Of the largest micro-batch."""
+    """Of the largest micro-batch, on one context rank."""
     microbatches: int
     """Of an update, per data-parallel rank."""
 
@@ -112,7 +119,8 @@ def in_flight(parallel: ParallelSpec, stage: int, microbatches: int) -> int:
 def activation_bytes(arch: Architecture, shape: ActivationShape, stage: int) -> float:
     """Kept by one rank of `stage` when most is alive. With recomputation: the input of every layer, and one layer."""
     parallel = shape.parallel
-    layer = sum(kept.bytes for kept in kept_by_layer(arch, shape.spec, shape.itemsize, parallel.tensor))
+    kept = kept_by_layer(arch, shape.spec, shape.itemsize, parallel.tensor, parallel.context)
+    layer = sum(part.bytes for part in kept)
     layers = arch.num_layers // parallel.pipeline
     held = in_flight(parallel, stage, shape.microbatches)
     hidden = arch.hidden_size * shape.itemsize / parallel.tensor

@@ -62,7 +62,7 @@ def _remedy(setting: Setting, memory: StageMemory) -> str:
         "the in-process engine keeps a whole student on every GPU: use `--rollout-gpus`": memory.rollout_weights,
         "lower rollout.batch_size": memory.rollout_cache,
         "set parallel.recompute": 0.0 if again else memory.activations,
-        "lower optim.max_tokens_per_microbatch or the longest answers": memory.activations if again else 0.0,
+        "raise parallel.context, or lower optim.max_tokens_per_microbatch": memory.activations if again else 0.0,
         "score fewer answers at once (optim.updates_per_step)": memory.teacher_scores,
         "use more GPUs: the optimizer is sharded over data parallel": memory.optimizer,
         "raise parallel.expert, tensor or pipeline (`--suggest` searches)": memory.weights + memory.gradients,

@@ -29,6 +29,7 @@ from megatron_mopd.plan.count import ModelCount
 from megatron_mopd.plan.memory import Setting, fullest
 from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.student.student import Student
+from megatron_mopd.token_layout import padded_length
 from megatron_mopd.types import MicroBatch, Prompt, Rollout, TeacherScores
 from megatron_mopd.yaml_config import ConfigError
 
@@ -95,12 +96,14 @@ def _largest(
         )
 
     batch = pack(
-        [rollout(index) for index in range(max(1, packing.tokens // longest))],
+        [rollout(index) for index in range(max(1, packing.tokens // padded_length(longest, world.context.size)))],
         domain.teacher,
         domain_names=config.domain_names,
         aggregation=config.objective.aggregation,
         multiple_of=world.tensor.size,
         device=world.device,
+        context_ranks=world.context.size,
+        context_rank=world.context.rank,
     )
     rows = len(batch.rows)
     top = config.objective.top_k

@@ -87,7 +87,12 @@ class Setting:
 
     @property
     def data_ranks(self) -> int:
-        return self.ranks // (self.parallel.tensor * self.parallel.pipeline)
+        return self.ranks // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
+
+    @property
+    def optimizer_ranks(self) -> int:
+        """Ranks that hold the same dense weights and share their optimizer."""
+        return self.data_ranks * self.parallel.context
 
     @property
     def expert_data_ranks(self) -> int:
@@ -97,7 +102,7 @@ class Setting:
     @property
     def packing(self) -> Packing:
         order: tuple[str | None, ...] = tuple(self.config.teachers) or (None,)
-        return pack_longest(self.workload, order, self.data_ranks, self.max_tokens)
+        return pack_longest(self.workload, order, self.data_ranks, self.max_tokens, self.parallel.context)
 
 
 def optimizer_bytes_per_parameter(itemsize: int) -> int:
@@ -111,9 +116,9 @@ def stage_memory(setting: Setting, packing: Packing, stage: int) -> StageMemory:
     parallel, local = setting.parallel, setting.spec == "local"
     shard = count.shard(parallel, stage)
     shape = ActivationShape(
-        parallel=parallel, spec=setting.spec, itemsize=b, tokens=packing.tokens, microbatches=packing.count
+        parallel=parallel, spec=setting.spec, itemsize=b, tokens=packing.rank_tokens, microbatches=packing.count
     )
-    sharded = shard.dense / setting.data_ranks + shard.experts / setting.expert_data_ranks
+    sharded = shard.dense / setting.optimizer_ranks + shard.experts / setting.expert_data_ranks
     last = stage == parallel.pipeline - 1
     slots = {teacher.arch: teacher for teacher in setting.teachers}
     in_slot = sum(teacher.shard(parallel, stage).total for teacher in slots.values())
@@ -171,7 +176,7 @@ def _loss_bytes(setting: Setting, packing: Packing) -> float:
     """Output layer and loss at the last stage: rows, their gradient, blocks of logits, the weight's gradient."""
     arch, tensor, b = setting.count.arch, setting.parallel.tensor, setting.itemsize
     rows, hidden, part = packing.rows, arch.hidden_size, -(-arch.vocab_size // tensor)
-    gathered = packing.tokens * hidden * b if tensor > 1 else 0
+    gathered = packing.rank_tokens * hidden * b if tensor > 1 else 0
     of_rows = rows * hidden * b
     weight = part * hidden * (b if b == 4 else 4 + b)
     sides = 2 if setting.config.objective.kind == "full_vocab" else 1

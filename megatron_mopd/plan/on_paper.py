@@ -40,6 +40,7 @@ def world_on_paper(parallel: ParallelSpec, size: int, rank: int = 0) -> Iterator
         parallel_state.initialize_model_parallel(
             parallel.tensor,
             parallel.pipeline,
+            context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
@@ -63,6 +64,7 @@ def _world(parallel_state: Any) -> World:
         device=_META,
         tensor=axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=axis(parallel_state.get_pipeline_model_parallel_group()),
+        context=axis(parallel_state.get_context_parallel_group()),
         data=axis(parallel_state.get_data_parallel_group()),
         expert=axis(parallel_state.get_expert_model_parallel_group()),
     )

@@ -68,6 +68,7 @@ def _layout(setting: Setting, cluster: ClusterSpec) -> Section:
         ("nodes", "nodes", cluster.nodes),
         ("tensor", "tensor", parallel.tensor),
         ("pipeline", "pipeline", parallel.pipeline),
+        ("context", "context", parallel.context),
         ("expert", "expert", parallel.expert),
     )
     longest = "the packing of a step, all answers at their longest"
@@ -75,7 +76,7 @@ def _layout(setting: Setting, cluster: ClusterSpec) -> Section:
         "layout",
         (
             *(Figure(key, label, value, "", "given", "configuration and options") for key, label, value in given),
-            Figure("data", "data", setting.data_ranks, "", "formula", "ranks / (tensor x pipeline)"),
+            Figure("data", "data", setting.data_ranks, "", "formula", "ranks / (tensor x pipeline x context)"),
             Figure(
                 "shard_parameters",
                 "parameters of the fullest rank",
@@ -85,7 +86,7 @@ def _layout(setting: Setting, cluster: ClusterSpec) -> Section:
                 "rank on the meta device",
             ),
             Figure("microbatches", "micro-batches of an update", packing.count, "", "counted", longest),
-            Figure("microbatch_tokens", "tokens of the largest", packing.tokens, "", "counted", longest),
+            Figure("microbatch_tokens", "tokens of the largest, whole", packing.tokens, "", "counted", longest),
             Figure("rollouts", "answers of a step", work.rollouts, "", "given", "the configuration"),
             Figure("step_tokens", "tokens of a step", work.tokens, "", work.lengths_how, work.lengths_source),
         ),
@@ -95,7 +96,7 @@ def _layout(setting: Setting, cluster: ClusterSpec) -> Section:
 _PARTS: tuple[tuple[str, str, str], ...] = (
     ("weights", "student: weights", "parameters of the shard x bytes"),
     ("gradients", "student: gradients", f"{GRADIENT_BYTES} bytes (fp32) x parameters of the shard"),
-    ("optimizer", "student: optimizer", "distributed over data parallel, experts over their own ranks"),
+    ("optimizer", "student: optimizer", "distributed over data and context ranks, experts over their own"),
     ("teacher_slots", "teachers: one slot a shape", "parameters of the shard x bytes x teacher_memory.buffers"),
     ("rollout_weights", "in-process engine: a whole student", "all parameters x bytes on every rank"),
     ("rollout_cache", "answering: cache", "batch_size sequences at their longest, while the cache grows"),

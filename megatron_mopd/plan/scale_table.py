@@ -115,8 +115,8 @@ def as_markdown(rows: list[Row]) -> str:
     """The table, under what it assumes."""
     names = " / ".join(map(str, TEACHERS))
     lines = [
-        f"| model | GPUs | TP x PP x EP | GB a GPU | host GB a node, {names} teachers | swaps, s a step | update, s | "
-        "checkpoint, GB |",
+        f"| model | GPUs | TP x PP x CP x EP | GB a GPU | host GB a node, {names} teachers | swaps, s a step | "
+        "update, s | checkpoint, GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -125,7 +125,7 @@ def as_markdown(rows: list[Row]) -> str:
             lines.append(f"{start} none fits | | | | | {row.checkpoint_gb:,.0f} |")
             continue
         parallel = row.best.setting.parallel
-        layout = f"{parallel.tensor} x {parallel.pipeline} x {parallel.expert}"
+        layout = f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} x {parallel.expert}"
         layout += "" if parallel.recompute else ", keeps activations"
         host = " / ".join(f"{size:,.0f}" for size in row.host_gb)
         swaps = " / ".join(f"{seconds:.2g}" for seconds in row.swap_seconds)

@@ -1,7 +1,9 @@
-"""Layouts that fit: a search over tensor x pipeline x expert x recomputation x micro-batch, the cheapest first."""
+"""Layouts that fit: a search over tensor x pipeline x context x expert x recomputation x micro-batch, the cheapest
+first."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,6 +23,9 @@ from megatron_mopd.yaml_config import ConfigError
 
 MICRO_BATCHES = (1, 2, 4)
 """Tried as `optim.max_tokens_per_microbatch`, times the longest answer with its prompt."""
+CONTEXTS = (1, 2, 4, 8)
+SHORTEST_SHARE = 4096
+"""Tokens of the longest answer that a context rank should have: with fewer its matrix products get small."""
 MOST_GPUS = 4096
 
 
@@ -40,16 +45,22 @@ class Suggestion:
         return self.share <= FULL
 
 
-def layouts(arch: Architecture, gpus: int, gpus_per_node: int) -> Iterator[ParallelSpec]:
-    """Every layout that the ranks and the model allow. Tensor parallelism stays inside a node: it sends most."""
+def layouts(arch: Architecture, gpus: int, gpus_per_node: int, longest: int) -> Iterator[ParallelSpec]:
+    """Every layout that the ranks and the model allow, for answers of up to `longest` tokens with their prompts.
+    Tensor parallelism stays inside a node: it sends most."""
     heads = math.gcd(arch.num_heads, arch.num_kv_heads)
-    for tensor in _divisors(heads if arch.is_moe else math.gcd(heads, arch.ffn_size)):
-        for pipeline in _divisors(arch.num_layers):
-            for expert in _divisors(arch.num_experts) if arch.is_moe else (1,):
-                for recompute in (False, True):
-                    layout = ParallelSpec(tensor=tensor, pipeline=pipeline, expert=expert, recompute=recompute)
-                    if tensor <= gpus_per_node and _is_valid(arch, layout, gpus):
-                        yield layout
+    tensors = _divisors(heads if arch.is_moe else math.gcd(heads, arch.ffn_size))
+    degrees = itertools.product(
+        (tensor for tensor in tensors if tensor <= gpus_per_node),
+        _divisors(arch.num_layers),
+        (context for context in CONTEXTS if context == 1 or longest >= context * SHORTEST_SHARE),
+        _divisors(arch.num_experts) if arch.is_moe else (1,),
+        (False, True),
+    )
+    for tensor, pipeline, context, expert, recompute in degrees:
+        layout = ParallelSpec(tensor=tensor, pipeline=pipeline, context=context, expert=expert, recompute=recompute)
+        if _is_valid(arch, layout, gpus):
+            yield layout
 
 
 def _is_valid(arch: Architecture, layout: ParallelSpec, gpus: int) -> bool:
@@ -68,10 +79,10 @@ def _divisors(number: int) -> tuple[int, ...]:
 def search(base: Setting, cluster: ClusterSpec) -> list[Suggestion]:
     """All layouts of `cluster.gpus` ranks: those that fit, fastest first; after them the others, smallest first."""
     found = []
-    for layout in layouts(base.count.arch, cluster.gpus, cluster.gpus_per_node):
+    for layout in layouts(base.count.arch, cluster.gpus, cluster.gpus_per_node, base.workload.longest):
         if any(not _is_valid(teacher.arch, layout, cluster.gpus) for teacher in base.teachers):
             continue
-        data_ranks = cluster.gpus // (layout.tensor * layout.pipeline)
+        data_ranks = cluster.gpus // (layout.tensor * layout.pipeline * layout.context)
         if data_ranks > max(1, base.workload.rollouts // base.workload.updates):
             continue  # ranks without an answer to learn from
         seen = set()
@@ -99,10 +110,10 @@ def _judge(setting: Setting, cluster: ClusterSpec) -> Suggestion:
 
 def distinct(suggestions: list[Suggestion], count: int) -> list[Suggestion]:
     """The first `count` with layouts of their own."""
-    first: dict[tuple[int, int, int], Suggestion] = {}
+    first: dict[tuple[int, ...], Suggestion] = {}
     for each in suggestions:
         parallel = each.setting.parallel
-        first.setdefault((parallel.tensor, parallel.pipeline, parallel.expert), each)
+        first.setdefault((parallel.tensor, parallel.pipeline, parallel.context, parallel.expert), each)
     return list(first.values())[:count]
 
 

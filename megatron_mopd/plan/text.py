@@ -54,7 +54,8 @@ def suggestion_lines(suggestions: Sequence[Suggestion], cluster: ClusterSpec, fe
         gb = each.share * (cluster.memory_gb or 0)
         yield (
             f"  {gb:6.1f} GB ({each.share:4.0%})  at least {number(each.seconds)} s a step, ceilings   "
-            f"parallel: {{tensor: {parallel.tensor}, pipeline: {parallel.pipeline}, expert: {parallel.expert}, "
+            f"parallel: {{tensor: {parallel.tensor}, pipeline: {parallel.pipeline}, context: {parallel.context}, "
+            f"expert: {parallel.expert}, "
             f"recompute: {str(parallel.recompute).lower()}}}   "
             f"optim: {{max_tokens_per_microbatch: {each.setting.max_tokens}}}"
         )
@@ -99,6 +100,7 @@ def suggestion_json(each: Suggestion) -> dict[str, Any]:
     return {
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
+        "context": parallel.context,
         "expert": parallel.expert,
         "recompute": parallel.recompute,
         "max_tokens_per_microbatch": each.setting.max_tokens,

@@ -32,6 +32,7 @@ def flows(setting: Setting, cluster: ClusterSpec) -> tuple[Flow, ...]:
     """All flows of a step, on the fullest rank; balanced routing, mean lengths."""
     found = [
         *_tensor(setting, cluster),
+        *_context(setting, cluster),
         *_expert(setting, cluster),
         *_pipeline(setting, cluster),
         *_data(setting, cluster),
@@ -39,6 +40,11 @@ def flows(setting: Setting, cluster: ClusterSpec) -> tuple[Flow, ...]:
         *_sync(setting, cluster),
     ]
     return tuple(flow for flow in found if flow.bytes)
+
+
+def _rank_tokens(setting: Setting) -> float:
+    """Of a step, on one context rank."""
+    return setting.workload.tokens / setting.data_ranks / setting.parallel.context
 
 
 def _ring(size: int) -> float:
@@ -60,12 +66,11 @@ def _tensor(setting: Setting, cluster: ClusterSpec) -> list[Flow]:
     """Sequence parallelism (arXiv 2205.05198 sec. 4.2): forward gathers a block's input and scatters its output,
     backward does both the other way round and gathers the input once more for the weight's gradient."""
     parallel, b = setting.parallel, setting.itemsize
-    per_replica = setting.workload.tokens / setting.data_ranks
     size = parallel.tensor
 
     def one(arch_layers: int, hidden: int, moe: bool) -> float:
         blocks = 1 if moe else 2
-        return blocks * per_replica * hidden * b * _ring(size) * arch_layers / parallel.pipeline
+        return blocks * _rank_tokens(setting) * hidden * b * _ring(size) * arch_layers / parallel.pipeline
 
     arch = setting.count.arch
     student = one(arch.num_layers, arch.hidden_size, arch.is_moe)
@@ -74,6 +79,26 @@ def _tensor(setting: Setting, cluster: ClusterSpec) -> list[Flow]:
     return [
         _flow(cluster, size, "tensor_parallel", "update", _passes(setting, 2, 3) * student, formula),
         _flow(cluster, size, "tensor_parallel_teacher", "teacher", 2 * teacher, formula),
+    ]
+
+
+def _context(setting: Setting, cluster: ClusterSpec) -> list[Flow]:
+    """Keys and values go around the ring; backward once more, and their gradients after them (Ring Attention, arXiv
+    2310.01889 sec. 3)."""
+    parallel = setting.parallel
+
+    def one(arch: Architecture) -> float:
+        wide = 2 * arch.num_kv_heads * arch.head_dim / parallel.tensor
+        layers = arch.num_layers / parallel.pipeline
+        return _rank_tokens(setting) * (parallel.context - 1) * wide * setting.itemsize * layers
+
+    student = one(setting.count.arch)
+    teacher = sum(share * one(arch) for arch, share in _teacher_shares(setting))
+    extent = parallel.tensor * parallel.context
+    formula = "tokens/c x (c-1) x 2 K/t x bytes a time round; once forward, twice backward a layer"
+    return [
+        _flow(cluster, extent, "context_parallel", "update", _passes(setting, 1, 2) * student, formula),
+        _flow(cluster, extent, "context_parallel_teacher", "teacher", teacher, formula),
     ]
 
 
@@ -91,7 +116,7 @@ def _expert(setting: Setting, cluster: ClusterSpec) -> list[Flow]:
     parallel, b = setting.parallel, setting.itemsize
     if parallel.expert == 1:
         return []
-    per_rank = setting.workload.tokens / setting.data_ranks / parallel.tensor
+    per_rank = _rank_tokens(setting) / parallel.tensor
 
     def one(arch: Architecture) -> float:
         layers = arch.num_layers / parallel.pipeline
@@ -111,7 +136,7 @@ def _pipeline(setting: Setting, cluster: ClusterSpec) -> list[Flow]:
     if parallel.pipeline == 1:
         return []
     hidden = setting.count.arch.hidden_size
-    size = setting.workload.tokens / setting.data_ranks / parallel.tensor * hidden * setting.itemsize
+    size = _rank_tokens(setting) / parallel.tensor * hidden * setting.itemsize
     extent = setting.ranks // parallel.pipeline + 1
     return [_flow(cluster, extent, "pipeline", "update", 2 * size, "tokens/t x H x bytes, forward and backward")]
 
@@ -122,7 +147,7 @@ def _data(setting: Setting, cluster: ClusterSpec) -> list[Flow]:
     each = (GRADIENT_BYTES + setting.itemsize) * setting.workload.updates
     stage = setting.ranks // setting.parallel.pipeline
     formula = "(4 + weight bytes) x parameters x (n-1)/n an update"
-    dense = each * shard.dense * _ring(setting.data_ranks)
+    dense = each * shard.dense * _ring(setting.optimizer_ranks)
     experts = each * shard.experts * _ring(setting.expert_data_ranks)
     return [
         _flow(cluster, stage, "data_parallel", "update", dense, formula),

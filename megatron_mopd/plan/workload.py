@@ -10,6 +10,7 @@ from megatron_mopd.config import RunConfig
 from megatron_mopd.metrics import read_records
 from megatron_mopd.packing import plan_microbatches
 from megatron_mopd.plan.figure import How
+from megatron_mopd.token_layout import padded_length
 
 MEAN_SHARE = 0.5
 """Assumed mean length of prompts and answers, as a share of what the configuration allows."""
@@ -123,22 +124,29 @@ class Packing:
 
     count: int
     tokens: int
-    """Of the largest one."""
+    """Of the largest one, over all context ranks."""
+    rank_tokens: int
+    """Of the largest one, on one context rank."""
     rows: int
-    """Trained tokens of the largest one."""
+    """Trained tokens of the largest one, on the context rank with most."""
     update_rows: int
-    """Trained tokens of all of them."""
+    """Trained tokens of all of them, likewise."""
     sequences: int
     """Of the largest one."""
 
 
 @functools.cache
-def pack_longest(workload: Workload, order: tuple[str | None, ...], ranks: int, max_tokens: int) -> Packing:
-    """The micro-batches when every answer is as long as it may be: what memory must hold. By the packing of a step."""
+def pack_longest(
+    workload: Workload, order: tuple[str | None, ...], ranks: int, max_tokens: int, context: int = 1
+) -> Packing:
+    """The micro-batches when every answer is as long as it may be: what memory must hold. By the packing of a step.
+
+    Of `context` ranks each holds an equal share of the tokens, and the one in the middle of long answers nothing else.
+    """
     lengths, rows, teachers = [], [], []
     for domain in workload.domains:
         count = max(1, domain.rollouts // workload.updates)
-        lengths += [domain.longest] * count
+        lengths += [padded_length(domain.longest, context)] * count
         rows += [domain.longest_response] * count
         teachers += [domain.teacher] * count
     plans = plan_microbatches(lengths, teachers, order, ranks, max_tokens)
@@ -146,8 +154,16 @@ def pack_longest(workload: Workload, order: tuple[str | None, ...], ranks: int, 
     largest, largest_rows, sequences = 0, 0, 0
     for plan in plans:
         for rank, members in enumerate(plan.members):
-            tokens, trained = sum(lengths[i] for i in members), sum(rows[i] for i in members)
+            tokens = sum(lengths[i] for i in members)
+            trained = sum(min(rows[i], lengths[i] // context) for i in members)
             of_rank[rank] += trained
             largest, largest_rows = max(largest, tokens), max(largest_rows, trained)
             sequences = max(sequences, len(members))
-    return Packing(count=len(plans), tokens=largest, rows=largest_rows, update_rows=max(of_rank), sequences=sequences)
+    return Packing(
+        count=len(plans),
+        tokens=largest,
+        rank_tokens=largest // context,
+        rows=largest_rows,
+        update_rows=max(of_rank),
+        sequences=sequences,
+    )

@@ -168,7 +168,13 @@ def _one_line(error: BaseException) -> str:
 
 
 def _layout(world: World) -> Layout:
-    return Layout(ranks=world.size, tensor=world.tensor.size, pipeline=world.pipeline.size, expert=world.expert.size)
+    return Layout(
+        ranks=world.size,
+        tensor=world.tensor.size,
+        pipeline=world.pipeline.size,
+        expert=world.expert.size,
+        context=world.context.size,
+    )
 
 
 def _versions() -> dict[str, str]:

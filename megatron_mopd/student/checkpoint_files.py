@@ -43,6 +43,8 @@ class Layout:
     tensor: int
     pipeline: int
     expert: int
+    context: int = 1
+    """Checkpoints from before there was context parallelism do not say it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_mopd.config import ModelSpec, ParallelSpec
@@ -92,6 +93,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.tensor > 1,
@@ -174,7 +176,9 @@ def forward_hidden(model: torch.nn.Module, batch: MicroBatch, routing: TokenRout
         batch.token_ids[None],
         batch.position_ids[None],
         None,
-        packed_seq_params=packed_sequences(batch, thd=torch.cuda.is_available(), routing=routing),
+        packed_seq_params=packed_sequences(
+            batch, unwrap_model(model).config.params_dtype, thd=torch.cuda.is_available(), routing=routing
+        ),
         output_processor=_keep_hidden_states,
     )
 

@@ -117,13 +117,13 @@ class ReplayPass:
 
 class _Replayed:
     def __init__(self, batch: MicroBatch, replay: RoutingReplay):
-        assert batch.routed_experts is not None
+        assert batch.routed_experts is not None and batch.token_domain is not None
         tokens, layers = replay.tokens(batch), slice(replay.layers.start, replay.layers.stop)
         own = batch.routed_experts[tokens, layers].contiguous()
         self._experts = own.to(replay.world.device, non_blocking=True).long()
         self._first_layer = replay.layers.start
         self._num_domains = replay.num_domains
-        self._domains = _token_domains(batch, replay.num_domains)[tokens]
+        self._domains = batch.token_domain[tokens]
         self.counts: dict[int, Tensor] = {}
         """layer -> [3, domains + 1], padding last. Kept by layer: a recomputation says the same again."""
 
@@ -166,15 +166,6 @@ class _Recorded:
     def choose(self, layer: int, own: Tensor, num_experts: int) -> Tensor:
         self.chosen[layer] = own.to(torch.int16)
         return own
-
-
-def _token_domains(batch: MicroBatch, num_domains: int) -> Tensor:
-    """[S] the domain that a token's rollout is of; `num_domains` for padding, the only sequence without a trained
-    token."""
-    lengths = batch.cu_seqlens.diff()
-    of_sequence = batch.domain_index.new_full((len(lengths),), num_domains)
-    of_sequence.scatter_(0, batch.sequence_index, batch.domain_index)
-    return of_sequence.repeat_interleave(lengths, output_size=len(batch.token_ids))
 
 
 def replay_metrics(counts: Tensor, domain_names: Sequence[str]) -> dict[str, float]:

@@ -37,8 +37,8 @@ IMPORTANCE_METRICS = ("importance_kept", "importance_weight", "rollout_kl", "rol
 
 @dataclass(frozen=True, slots=True)
 class StepTable:
-    """What one step reports. Zero on ranks other than the first tensor rank of the last stage: summed, or the largest
-    taken, over the world it is that of all ranks."""
+    """What one step reports. Zero on ranks other than the first tensor ranks of the last stage, of which every context
+    and data rank has rows of its own: summed, or the largest taken, over the world it is that of all ranks."""
 
     sums: Tensor
     """[len(metrics) + 3, domains] fp64 over this rank's rows: metrics, tokens, weight * loss, weights (= units)."""
@@ -187,8 +187,14 @@ class LossStep:
         tokens = token_logprob(
             rows.detach(), weight.detach(), batch.targets, shard=shard, temperature=self._rollout_temperature
         )
+        context = self._world.context
         return importance_weights(
-            self._objective.importance, tokens.logprob, batch.rollout_logprobs, batch.sequence_index
+            self._objective.importance,
+            tokens.logprob,
+            batch.rollout_logprobs,
+            batch.sequence_index,
+            sequences=len(batch.cu_seqlens) - 1,
+            context=context.group if context.size > 1 else None,
         )
 
     def _loss(

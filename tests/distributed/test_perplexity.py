@@ -23,7 +23,14 @@ cpu.install()
 MODEL = Path(__file__).parents[2] / "configs" / "tiny" / "model"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "0123456789", "and", "so", "on"]
 DOCUMENTS = [" ".join(WORDS[(7 * i * i + n) % len(WORDS)] for i in range(n)) for n in (3, 90, 1, 40, 150)]
-LAYOUTS = {(1, 1, 1): 1, (1, 1, 2): 2, (2, 1, 1): 2, (1, 2, 1): 2, (2, 2, 2): 8}  # TP, PP, EP -> world
+LAYOUTS = {  # TP, PP, CP, EP -> world
+    (1, 1, 1, 1): 1,
+    (1, 1, 1, 2): 2,
+    (2, 1, 1, 1): 2,
+    (1, 2, 1, 1): 2,
+    (2, 2, 1, 2): 8,
+    (1, 1, 2, 2): 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +91,10 @@ def measure(folder: Path, parallel: ParallelSpec, max_tokens: int) -> Perplexity
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "".join(map(str, layout)))
 def test_perplexity_equals_that_of_transformers(
-    layout: tuple[int, int, int], folder: Path, expected: tuple[float, int]
+    layout: tuple[int, int, int, int], folder: Path, expected: tuple[float, int]
 ) -> None:
-    tp, pp, ep = layout
-    parallel = ParallelSpec(tensor=tp, pipeline=pp, expert=ep)
+    tp, pp, cp, ep = layout
+    parallel = ParallelSpec(tensor=tp, pipeline=pp, context=cp, expert=ep)
     for max_tokens in (4096, 300):
         results = run_ranks(measure, LAYOUTS[layout], folder, parallel, max_tokens, init=False)
         assert len(set(results)) == 1

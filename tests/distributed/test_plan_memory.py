@@ -44,8 +44,9 @@ def measured(setting: Setting) -> list[Peak]:
         (("parallel.recompute=true", "prompts_per_step=900"), 1),
         (("parallel.tensor=2",), 2),
         (("parallel.expert=2", "prompts_per_step=64"), 2),
+        (("parallel.context=2",), 2),
     ],
-    ids=["tiny", "sampled", "recompute", "tensor", "expert"],
+    ids=["tiny", "sampled", "recompute", "tensor", "expert", "context"],
 )
 def test_peak_is_the_plans_within_a_tenth(overrides: tuple[str, ...], ranks: int) -> None:
     setting = setting_of(*overrides, ranks=ranks)

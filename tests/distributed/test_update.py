@@ -59,6 +59,8 @@ def one_update(config: RunConfig, folder: Path, ratio: float = 0.0) -> dict:
         data_ranks=world.data.size,
         multiple_of=world.tensor.size,
         device=world.device,
+        context_ranks=world.context.size,
+        context_rank=world.context.rank,
     )
     report = student.update(batches, bank.score(batches), bank.heads(), step=0)
     weights = {name: tensor.clone() for name, tensor in student.hf_weights()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_mopd.config import OptimSpec, ParallelSpec
 from megatron_mopd.parallel import cpu
+from megatron_mopd.token_layout import TokenLayout
 from megatron_mopd.types import MicroBatch
 from tests import tiny
 
@@ -37,10 +38,16 @@ class Trainee:
     """A model with its optimizer on this rank, and the least that trains it."""
 
     def __init__(
-        self, degrees: Degrees, arch: Architecture = MOE, dtype: torch.dtype = torch.float32, *, seed: int = 0
+        self,
+        degrees: Degrees,
+        arch: Architecture = MOE,
+        dtype: torch.dtype = torch.float32,
+        *,
+        seed: int = 0,
+        context: int = 1,
     ):
         _, tensor, pipeline, expert = degrees
-        parallel = ParallelSpec(tensor=tensor, pipeline=pipeline, expert=expert)
+        parallel = ParallelSpec(tensor=tensor, pipeline=pipeline, context=context, expert=expert)
         self.arch = arch
         self.world: World = start_world(parallel, seed)
         self.model = build_model(arch, parallel, self.world, dtype, training=True)
@@ -51,7 +58,7 @@ class Trainee:
         """Any gradient will do, as long as every weight gets its own and other data ranks others."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batch = random_batch(seed=100 * step + self.world.data.rank)
+        batch = random_batch(100 * step + self.world.data.rank, self.world)
 
         def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             logits = hidden.float() @ output_weight(self.model).float().T
@@ -84,22 +91,28 @@ class Trainee:
         return {name: value.clone() for name, value in iter_hf(self.model, self.arch, self.world)}
 
 
-def random_batch(seed: int) -> MicroBatch:
+def random_batch(seed: int, world: World) -> MicroBatch:
+    """Of 16 tokens, and what pads them for the context ranks."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([7, 5, 4])
-    ids = torch.randint(0, 101, (16,), generator=generator)
+    lengths, context = (7, 5, 4), world.context
+    layout = TokenLayout.of(
+        lengths, multiple_of=world.tensor.size, context_ranks=context.size, context_rank=context.rank
+    )
+    whole = torch.randint(0, 101, (16,), generator=generator)
+    ids = torch.from_numpy(layout.tokens([part.numpy() for part in whole.split(lengths)]))
+    size = len(ids)
     return MicroBatch(
         teacher=None,
         token_ids=ids,
-        position_ids=torch.cat([torch.arange(int(length)) for length in lengths]),
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int(),
-        max_seqlen=7,
-        rows=torch.arange(16),
+        position_ids=torch.from_numpy(layout.positions()),
+        cu_seqlens=torch.from_numpy(layout.starts).int(),
+        max_seqlen=layout.longest,
+        rows=torch.arange(size),
         targets=ids,
-        weights=torch.ones(16),
-        num_units=16,
-        rollout_logprobs=torch.zeros(16),
-        outcome_advantages=torch.zeros(16),
-        domain_index=torch.zeros(16, dtype=torch.long),
-        sequence_index=torch.zeros(16, dtype=torch.long),
+        weights=torch.ones(size),
+        num_units=size,
+        rollout_logprobs=torch.zeros(size),
+        outcome_advantages=torch.zeros(size),
+        domain_index=torch.zeros(size, dtype=torch.long),
+        sequence_index=torch.zeros(size, dtype=torch.long),
     )

@@ -40,6 +40,7 @@ def refused(tree: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], *ove
         (["parallel.expert=3", "parallel.ranks=3"], ["parallel.expert", "3", "8 experts"]),
         (["parallel.tensor=2", "parallel.ranks=3"], ["tensor 2", "3 ranks"]),
         (["parallel.tensor=2", "parallel.pipeline=2"], ["4", "2 ranks"]),
+        (["parallel.context=3"], ["context 3", "2 ranks", "parallel.context"]),
         (["parallel.expert=4"], ["parallel.expert", "4", "2 ranks"]),
         (["domains.a.source.reasoning_gym=chain_summ"], ["domains.a.source", "chain_summ", "chain_sum"]),
         (["domains.a.source.max_digit=2"], ["domains.a.source", "max_digit", "max_digits"]),

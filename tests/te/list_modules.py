@@ -50,18 +50,23 @@ def main() -> None:
     # From here on as on a GPU, except that the device is one without memory.
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: "meta"  # type: ignore[assignment, return-value]
-    print(json.dumps({name: describe(arch, options, world) for name, (arch, options) in MODELS.items()}))
+    found = {name: describe(arch, options, world) for name, (arch, options) in MODELS.items()}
+    # Of the two context ranks only this one is there: enough to construct.
+    found["moe_context"] = describe(TINY_MOE, {}, world, ParallelSpec(context=2))
+    print(json.dumps(found))
     torch.cuda.is_available = lambda: False
     stop_world()
 
 
-def describe(arch: Architecture, options: dict[str, Any], world: World) -> dict[str, Any]:
+def describe(
+    arch: Architecture, options: dict[str, Any], world: World, parallel: ParallelSpec | None = None
+) -> dict[str, Any]:
     from megatron_mopd.student.model import build_model
     from megatron_mopd.student.weights import find_parts
 
     spec = ModelSpec(hf_config="unused", **options)
     with torch.device("meta"):
-        model = build_model(arch, ParallelSpec(), world, torch.bfloat16, training=True, spec=spec)
+        model = build_model(arch, parallel or ParallelSpec(), world, torch.bfloat16, training=True, spec=spec)
     parameters = dict(model.named_parameters())
     sharded = model.sharded_state_dict(metadata={}) if arch.num_experts <= 8 else {}
     return {
@@ -72,7 +77,13 @@ def describe(arch: Architecture, options: dict[str, Any], world: World) -> dict[
         "sharded": {name: getattr(shard, "key", "") for name, shard in sharded.items()},
         "loads": bool(sharded) and _loads(model, sharded),
         "fp8": [model.config.fp8, model.config.fp8_recipe],
+        "context": [getattr(module, "cp_comm_type", None) for module in model.modules() if _is_attention(module)],
     }
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    """Whether it is Transformer Engine's core attention, told the context group."""
+    return type(module).__name__ == "TEDotProductAttention" and module.cp_group is not None
 
 
 def _loads(model: torch.nn.Module, sharded: dict[str, Any]) -> bool:

@@ -47,7 +47,7 @@ def test_the_wheel_is_the_pinned_one() -> None:
     assert [path.name for path in WHEEL.glob("*.dist-info")] == [f"transformer_engine-{pinned[0]}.dist-info"]
 
 
-@pytest.mark.parametrize("name", ["moe", "moe_fp8", "dense", "tied", "qwen3_30b_a3b"])
+@pytest.mark.parametrize("name", ["moe", "moe_fp8", "moe_context", "dense", "tied", "qwen3_30b_a3b"])
 def test_nothing_takes_memory_and_every_parameter_has_its_row(name: str, models: dict[str, Any]) -> None:
     found = models[name]
     assert found["devices"] == ["meta"]
@@ -73,6 +73,13 @@ def test_fp8_is_set_in_the_student_where_asked_for(models: dict[str, Any]) -> No
     assert models["moe_fp8"]["fp8"] == ["e4m3", "blockwise"]
     assert models["moe"]["fp8"][0] is None
     assert models["moe_fp8"]["parameters"] == models["moe"]["parameters"]  # they stay bfloat16
+
+
+def test_attention_sends_keys_and_values_around_the_context_ranks(models: dict[str, Any]) -> None:
+    assert models["moe_context"]["context"] == ["p2p", "p2p"]  # of both layers
+    assert models["moe"]["context"] == []
+    for key in ("parameters", "modules", "sharded"):
+        assert models["moe_context"][key] == models["moe"][key]
 
 
 @pytest.mark.parametrize("name", ["moe", "qwen3_30b_a3b"])

@@ -29,7 +29,9 @@ from megatron_mopd.types import Prompt, Rollout
 
 MODEL = Path(__file__).parents[2] / "configs" / "tiny" / "model"
 ALONE = Axis(size=1, rank=0, group=None)  # type: ignore[arg-type]
-WORLD = World(size=1, rank=0, device=torch.device("cpu"), tensor=ALONE, pipeline=ALONE, data=ALONE, expert=ALONE)
+WORLD = World(
+    size=1, rank=0, device=torch.device("cpu"), tensor=ALONE, pipeline=ALONE, context=ALONE, data=ALONE, expert=ALONE
+)
 
 
 class Scripted:

@@ -295,6 +295,7 @@ def _mopd_without(old: str, new: str) -> str:
         (SFT, ["parallel.tensor=0"], "parallel: tensor: must be >= 1"),
         (SFT, ["parallel.pipeline=0"], "parallel: pipeline: must be >= 1"),
         (SFT, ["parallel.expert=0"], "parallel: expert: must be >= 1"),
+        (SFT, ["parallel.context=0"], "parallel: context: must be >= 1"),
         (SFT, ["parallel.ranks=0"], "parallel: ranks: must be >= 1"),
         (SFT, ["parallel.port=70000"], "parallel: port: must be in 1..65535"),
         (SFT, ["checkpoint.every=0"], "checkpoint: every: must be >= 1"),
@@ -359,6 +360,8 @@ def test_each_stage_has_a_valid_run(tmp_path: Path) -> None:
         ({"tensor": 2, "pipeline": 2}, 4),
         ({"tensor": 2, "expert": 4}, 4),
         ({"tensor": 2, "expert": 3}, 6),
+        ({"context": 2, "pipeline": 2}, 4),
+        ({"tensor": 2, "context": 2, "expert": 8}, 8),
     ],
 )
 def test_default_ranks_are_the_fewest_that_fit(tmp_path: Path, layout: dict[str, Any], ranks: int) -> None:

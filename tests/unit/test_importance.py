@@ -18,7 +18,7 @@ ROLLOUT = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.5, -0.1])
 
 
 def weights(**spec: object) -> list[float]:
-    found = importance_weights(ImportanceSpec(**spec), ROLLOUT + RATIOS.log(), ROLLOUT, SEQUENCE)  # type: ignore[arg-type]
+    found = importance_weights(ImportanceSpec(**spec), ROLLOUT + RATIOS.log(), ROLLOUT, SEQUENCE, sequences=3)  # type: ignore[arg-type]
     torch.testing.assert_close(found.ratio, RATIOS)
     return found.weights.tolist()
 
@@ -44,7 +44,7 @@ def test_weights(spec: dict, expected: list[float]) -> None:
 
 def test_what_is_reported() -> None:
     found = importance_weights(
-        ImportanceSpec(kind="icepop", low=0.4, high=2.5), ROLLOUT + RATIOS.log(), ROLLOUT, SEQUENCE
+        ImportanceSpec(kind="icepop", low=0.4, high=2.5), ROLLOUT + RATIOS.log(), ROLLOUT, SEQUENCE, sequences=3
     )
     rows = {name: values.mean().item() for name, values in found.rows().items()}
     assert rows["importance_kept"] == pytest.approx(4 / 6)
@@ -55,7 +55,7 @@ def test_what_is_reported() -> None:
 
 @pytest.mark.parametrize("kind", ["icepop", "tis", "sequence_tis", "sequence_mis", "geometric"])
 def test_the_same_policy_has_weight_one(kind: str) -> None:
-    found = importance_weights(ImportanceSpec(kind=kind), ROLLOUT, ROLLOUT, SEQUENCE)  # type: ignore[arg-type]
+    found = importance_weights(ImportanceSpec(kind=kind), ROLLOUT, ROLLOUT, SEQUENCE, sequences=3)  # type: ignore[arg-type]
     assert found.weights.tolist() == [1.0] * 6
     assert not found.weights.requires_grad
 
@@ -64,15 +64,16 @@ def test_weights_are_constants_and_extremes_are_finite() -> None:
     student = torch.tensor([0.0, -1e4, -200.0], requires_grad=True)
     for kind in ("icepop", "tis", "sequence_tis", "sequence_mis", "geometric"):
         found = importance_weights(
-            ImportanceSpec(kind=kind),
+            ImportanceSpec(kind=kind),  # type: ignore[arg-type]
             student,
             torch.tensor([-200.0, 0.0, 0.0]),
-            torch.tensor([0, 1, 1]),  # type: ignore[arg-type]
+            torch.tensor([0, 1, 1]),
+            sequences=2,
         )
         assert found.weights.isfinite().all()
         assert all(values.isfinite().all() and not values.requires_grad for values in found.rows().values())
     empty = importance_weights(
-        ImportanceSpec(kind="geometric"), torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long)
+        ImportanceSpec(kind="geometric"), torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long), sequences=0
     )
     assert empty.weights.shape == (0,)
 

@@ -248,6 +248,25 @@ def test_bytes_that_a_step_moves() -> None:
     assert links["data_parallel"] == links["pipeline"] == links["weight_sync"] == "network"
 
 
+def test_context_ranks_share_tokens_and_optimizer_and_send_keys_and_values() -> None:
+    whole, shared = (h100("parallel.tensor=2", f"parallel.context={c}", ranks=64) for c in (1, 4))
+    one, four = (stage_memory(setting, setting.packing, 0) for setting in (whole, shared))
+    assert (whole.data_ranks, shared.data_ranks) == (32, 8)
+    assert four.activations == pytest.approx(one.activations / 4)
+    assert (four.weights, four.optimizer) == (one.weights, one.optimizer)
+    assert shared.packing.rank_tokens == shared.packing.tokens / 4 == 65536 / 4
+    assert shared.packing.rows == 65536 / 4  # the middle of the longest answer: a row for every token
+    before, after = ({flow.key: flow for flow in flows(s, ClusterSpec(gpus=64))} for s in (whole, shared))
+    tokens = whole.workload.tokens / 32  # of one rank, with 8 x 4 ranks as with 32
+    assert after["tensor_parallel"].bytes == pytest.approx(before["tensor_parallel"].bytes)
+    assert after["data_parallel"].bytes == pytest.approx(before["data_parallel"].bytes)
+    around = tokens * 3 * (2 * 4 * 128 / 2) * 2 * 48
+    assert "context_parallel" not in before
+    assert after["context_parallel"].bytes == pytest.approx((2 + 2) * around)  # forward again with recomputation
+    assert after["context_parallel_teacher"].bytes == pytest.approx(around)
+    assert after["context_parallel"].link == "NVLink"
+
+
 def test_nothing_is_sent_where_nobody_is() -> None:
     alone = setting_of(ROOT / "configs/tiny/mopd.yaml", "parallel.ranks=1", ranks=1)
     assert flows(alone, ClusterSpec(gpus=1, device="cpu")) == ()
@@ -339,12 +358,15 @@ def test_splits_are_ordered_and_leave_out_the_impossible() -> None:
 
 
 def test_layouts_are_valid_and_complete() -> None:
-    found = list(layouts(TINY_MOE, 4, 8))
+    found = list(layouts(TINY_MOE, 4, 8, longest=4096))
     assert all(4 % (each.tensor * each.pipeline) == 0 for each in found)
     shapes = {(each.tensor, each.pipeline, each.expert) for each in found}
     assert shapes == {(1, 1, 1), (1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (1, 4, 1), (2, 1, 1), (2, 1, 2), (2, 1, 4),
                       (2, 2, 1), (2, 2, 2)}  # fmt: skip
-    assert {each.expert for each in layouts(TINY_DENSE, 8, 8)} == {1}
+    assert {each.expert for each in layouts(TINY_DENSE, 8, 8, longest=4096)} == {1}
+    assert {each.context for each in found} == {1}  # too short to be shared out
+    longer = {(each.tensor, each.context) for each in layouts(TINY_MOE, 4, 8, longest=16384)}
+    assert longer == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)}
 
 
 def test_suggestions_for_128_gpus_fit_and_can_be_built() -> None:

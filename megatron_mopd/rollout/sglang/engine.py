@@ -17,7 +17,7 @@ from megatron_mopd.rollout.engine import RolloutFailure, Sampling
 from megatron_mopd.rollout.sglang.check import Wanted, make_run_id, wanted
 from megatron_mopd.rollout.sglang.client import Dispatcher, Limits, Request
 from megatron_mopd.rollout.sglang.flight import Choose, Flight
-from megatron_mopd.rollout.sglang.http import ServerError
+from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError
 from megatron_mopd.rollout.sglang.opening import Say, open_pool
 from megatron_mopd.rollout.sglang.protocol import Contract, Part, read_answer, request_body
 from megatron_mopd.rollout.sync.push import ServerSync, make_sync, sync_weights
