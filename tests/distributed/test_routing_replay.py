@@ -24,6 +24,8 @@ DOMAINS = ["a"] * 9 + ["b"] * 5 + ["c"] * 2
 LAYERS, EXPERTS, K = 4, 8, 2
 LAYOUTS = {"111": 1, "212": 2, "122": 4}
 """TP, PP, EP -> world."""
+WITH_CONTEXT = LAYOUTS | {"1112": 2, "2124": 8}
+"""The same and context."""
 SMALL = 24
 """Tokens of a micro-batch: four and more of them are in flight."""
 
@@ -43,7 +45,8 @@ def routed(rollouts: Sequence[Rollout], seed: int = 3) -> list[Rollout]:
 
 
 def run_config(folder: Path, mode: str, layout: str = "111", *, recompute: bool = False, max_tokens: int = 4096) -> Any:
-    parallel = ParallelSpec(tensor=int(layout[0]), pipeline=int(layout[1]), expert=int(layout[2]), recompute=recompute)
+    tensor, pipeline, expert, context = map(int, layout.ljust(4, "1"))
+    parallel = ParallelSpec(tensor=tensor, pipeline=pipeline, expert=expert, context=context, recompute=recompute)
     # The exact KL, with importance weights: p_train is that of the replayed pass, too.
     config = tiny.run_config(folder, kind="sequence_tis", parallel=parallel, max_tokens=max_tokens)
     if mode == "R3":  # never asked: the rollouts are there already
@@ -73,6 +76,8 @@ def update(config: RunConfig, folder: Path, parts: Sequence[Sequence[Rollout]]) 
             data_ranks=world.data.size,
             multiple_of=world.tensor.size,
             device=world.device,
+            context_ranks=world.context.size,
+            context_rank=world.context.rank,
         )
         for part in parts
     ]
@@ -137,13 +142,13 @@ def assert_identical(result: dict[str, Any], expected: dict[str, Any]) -> None:
     assert [n for n, tensor in expected["weights"].items() if not torch.equal(result["weights"][n], tensor)] == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", WITH_CONTEXT)
 def test_replay_is_the_same_in_every_layout(
     layout: str, models: Path, rollouts: list[Rollout], replayed: dict[str, Any]
 ) -> None:
     """With several micro-batches in flight, and layers that are computed again in the backward pass."""
     config = run_config(models, "R3", layout, recompute=True, max_tokens=SMALL)
-    results = run_ranks(update, LAYOUTS[layout], config, models, [rollouts], init=False)
+    results = run_ranks(update, WITH_CONTEXT[layout], config, models, [rollouts], init=False)
     assert results[0]["micro_batches"] >= 4
     assert all(result["teachers_same"] for result in results)
     assert_close(results[0], replayed)
