@@ -199,6 +199,8 @@ def tool_run(models: Path, run_dir: Path, ranks: int) -> dict:
         "parallel": {"ranks": ranks},
         "evaluation": {"prompts": 16, "every": 0},
         "objective": {"kind": "sampled"},
+        # With a smaller eps the first step of Adam makes a whole one of a gradient that is rounding alone.
+        "optim": {"lr": 1e-3, "eps": 1e-5},
         "rollout": {"samples_per_prompt": 2},
     }
     tree["domains"]["a"] |= {
