@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -170,11 +170,12 @@ def forward_hidden(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
 
     Logits are never made here: the loss rebuilds them, chunk by chunk, from the rows it looks at.
     """
+    config = cast(TransformerConfig, model.config)
     return model(
         batch.token_ids[None],
         batch.position_ids[None],
         None,
-        packed_seq_params=packed_sequences(batch, model.config.params_dtype, thd=torch.cuda.is_available()),
+        packed_seq_params=packed_sequences(batch, config.params_dtype, thd=torch.cuda.is_available()),
         output_processor=_keep_hidden_states,
     )
 
