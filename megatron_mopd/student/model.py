@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_mopd.config import ModelSpec, ParallelSpec
@@ -172,13 +171,12 @@ def forward_hidden(model: torch.nn.Module, batch: MicroBatch, routing: TokenRout
 
     Logits are never made here: the loss rebuilds them, chunk by chunk, from the rows it looks at.
     """
+    config = cast(TransformerConfig, model.config)
     return model(
         batch.token_ids[None],
         batch.position_ids[None],
         None,
-        packed_seq_params=packed_sequences(
-            batch, unwrap_model(model).config.params_dtype, thd=torch.cuda.is_available(), routing=routing
-        ),
+        packed_seq_params=packed_sequences(batch, config.params_dtype, thd=torch.cuda.is_available(), routing=routing),
         output_processor=_keep_hidden_states,
     )
 
