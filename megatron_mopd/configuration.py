@@ -120,15 +120,15 @@ def _own_fields(cls: type) -> list[dataclasses.Field[Any]]:
     """Those that the class does not inherit from another dataclass."""
     inherited = {field.name for base in cls.__bases__ if dataclasses.is_dataclass(base) for field in
                  dataclasses.fields(base)}  # fmt: skip
-    return [field for field in dataclasses.fields(cls) if field.name not in inherited]  # type: ignore[arg-type]
+    return [field for field in dataclasses.fields(cls) if field.name not in inherited]
 
 
 def _inner(hint: Any) -> tuple[type | None, bool]:
     """The dataclass in a type, if there is one, and whether it is the value of a mapping."""
-    if dataclasses.is_dataclass(hint):
-        return typing.cast(type, hint), False
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint, False
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is dict and dataclasses.is_dataclass(arguments[1]):
+    if origin is dict and isinstance(arguments[1], type) and dataclasses.is_dataclass(arguments[1]):
         return arguments[1], True
     if origin in (types.UnionType, typing.Union):
         return next((_inner(each) for each in arguments if each is not type(None)), (None, False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 import torch
@@ -61,12 +62,12 @@ def kernel_checks(device: torch.device) -> Iterator[Result]:
     rows: Implementation = "triton" if device.type == "cuda" else "cpp"
     for kind in get_args(DivergenceKind):
         name = f"kernels: divergence {kind}, {rows}, fp32"
-        yield attempt(name, FP32, lambda kind=kind: _divergence(problem, kind, rows, torch.float32))
+        yield attempt(name, FP32, partial(_divergence, problem, kind, rows, torch.float32))
     yield attempt(f"kernels: token log-prob, {rows}, fp32", FP32, lambda: _token(problem, rows))
     yield attempt(f"kernels: teacher top-k, {rows}, fp32", FP32, lambda: _topk(problem, rows))
     for kind in get_args(DivergenceKind):
         name = f"kernels: linear divergence {kind}, {rows}, bf16"
-        yield attempt(name, ROUNDED, lambda kind=kind: _linear(problem, kind, rows))
+        yield attempt(name, ROUNDED, partial(_linear, problem, kind, rows))
     name = "kernels: one-read reverse KL, cuda, bf16"
     reason = one_read.why_not(device)
     if reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def server_checks(device: str, folder: Path, python: str) -> Iterator[Result]:
         if reason:
             yield skipped(name, reason)
         else:
-            yield attempt(name, LIMITS[device], lambda kind=kind: _run(device, folder / kind, kind, python))
+            yield attempt(name, LIMITS[device], partial(_run, device, folder / kind, kind, python))
 
 
 def _run(device: str, folder: Path, kind: str, python: str) -> float:

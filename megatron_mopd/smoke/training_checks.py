@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,10 +64,9 @@ def training_checks(device: str, folder: Path) -> Iterator[Result]:
     copies = "copied on a side stream, two buffers" if device == "cuda" else "bank, which copies nothing on a CPU"
     yield attempt(f"teachers: {copies}, against loaded in place", 0.0, lambda: float(found["swap"]))
     for name in OBJECTIVES:
-        yield attempt(f"training: one update, {name}, loss", limit, lambda name=name: _relative(
-            found, expected, f"loss {name}"))  # fmt: skip
-        yield attempt(f"training: one update, {name}, gradient norm", limit, lambda name=name: _relative(
-            found, expected, f"grad_norm {name}"))  # fmt: skip
+        for figure, key in (("loss", f"loss {name}"), ("gradient norm", f"grad_norm {name}")):
+            check = partial(_relative, found, expected, key)
+            yield attempt(f"training: one update, {name}, {figure}", limit, check)
 
 
 def write_models(folder: Path) -> None:
