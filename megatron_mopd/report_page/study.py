@@ -33,6 +33,18 @@ class Model:
     benchmarks: Mapping[str, Estimate] = field(default_factory=dict)
     """Public benchmark -> accuracy in [0, 1]."""
 
+    def perplexity_over(self, base: Model) -> Estimate | None:
+        """Its perplexity over the base's of the same seed: seeds differ in the base far more than a method changes it.
+
+        1 is nothing forgotten. None where either was not measured; the means' ratio where seeds are not given.
+        """
+        if self.perplexity is None or base.perplexity is None:
+            return None
+        own, other = self.perplexity.per_seed, base.perplexity.per_seed
+        if not own.keys() & other.keys():
+            return Estimate(mean=self.perplexity.mean / base.perplexity.mean)
+        return Estimate.of({seed: own[seed] / other[seed] for seed in own if seed in other})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:

@@ -16,6 +16,8 @@ _ROW, _MARGIN = 0.185, 0.62
 """Inches: the height of a bar's row, and of title and axis."""
 _TITLE_PAD = 13
 """Points: room for the names of lines below a title."""
+_LEAST_WIDTH = 0.02
+"""Of an axis of accuracies or ratios."""
 _TEACHERS_COLOUR = "#8C8C8C"
 
 Looks = Mapping[str, Look]
@@ -117,8 +119,8 @@ def forgetting_figure(study: Study, looks: Looks) -> Any:
     tasks = list(dict.fromkeys(name for method in study.methods for name in method.model.out_of_domain))
     columns: list[tuple[str, str, Estimate, list[Estimate]]] = []
     if has_perplexity(study.methods):
-        values = [method.model.perplexity or UNKNOWN for method in study.methods]
-        columns.append(("held-out text", "perplexity", study.base.perplexity or UNKNOWN, values))
+        values = [method.model.perplexity_over(study.base) or UNKNOWN for method in study.methods]
+        columns.append(("held-out text", "perplexity over the base's", Estimate(mean=1.0), values))
     for task in tasks:
         values = [method.model.out_of_domain.get(task, UNKNOWN) for method in study.methods]
         columns.append((task, "accuracy", study.base.out_of_domain.get(task, UNKNOWN), values))
@@ -130,10 +132,19 @@ def forgetting_figure(study: Study, looks: Looks) -> Any:
         dots(axes, [Row(method.label, value, looks[method.name].colour) for method, value in rows])
         reference(axes, base, teacher=False, vertical=True)
         name_line(axes, base, "base", BASE)
+        _widen(axes)
         axes.set_title(title, pad=_TITLE_PAD)
         axes.set_xlabel(label)
         axes.tick_params(axis="y", labelleft=index % per_row == 0)
     return figure
+
+
+def _widen(axes: Any) -> None:
+    """Where all values are the same, the axis would show their rounding."""
+    low, high = axes.get_xlim()
+    if high - low < _LEAST_WIDTH:
+        middle = (low + high) / 2
+        axes.set_xlim(middle - _LEAST_WIDTH / 2, middle + _LEAST_WIDTH / 2)
 
 
 def has_perplexity(methods: Sequence[Method]) -> bool:

@@ -143,11 +143,12 @@ def forgetting_table(study: Study) -> Table:
     return Table(
         caption=f"What training did to the rest: text and tasks that nothing was trained on. {_intervals(study)}",
         groups=(),
-        columns=("model", "perplexity", *tasks),
+        columns=("model", "perplexity", "over the base's", *tasks),
         rows=tuple(
             (
                 Cell(name),
                 _cell(model.perplexity, None, digits=2),
+                _cell(model.perplexity_over(study.base) if model is not study.base else None, None),
                 *(_cell(model.out_of_domain.get(task), None) for task in tasks),
             )
             for name, model in models
