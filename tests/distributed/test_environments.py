@@ -114,6 +114,7 @@ def _sample(config: RunConfig, mixer: DomainMixer, names: Sequence[str]) -> tupl
         device=torch.device("cpu"),
         tensor=ALONE,
         pipeline=ALONE,
+        context=ALONE,
         data=ALONE,
         expert=ALONE,
     )
