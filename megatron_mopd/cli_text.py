@@ -165,10 +165,11 @@ examples:
 """
 
 AUDIT = """\
-Sample prompts of every domain with the rollout engine of CONFIG and score the same tokens with the engine again,
-with the Megatron student, and with a teacher that the bank loads from the student's checkpoint; with --reference
-also with transformers in float32. Says which of chat template, temperature, dtype, routing and engine explains
-what differs, with the numbers. Servers that CONFIG launches are started and stopped. See docs/audit.md.
+Sample prompts of every domain with the rollout engine of CONFIG and score the same tokens with the engine
+again, with the Megatron student, and with a teacher that the bank loads from the student's checkpoint; with
+--reference also with transformers in float32. Says which of chat template, temperature, dtype, routing and
+engine explains what differs, with the numbers. Servers that CONFIG launches are started and stopped. See
+docs/audit.md.
 
 Exit code 0: within tolerance (float32: max |difference| of log-probs; bfloat16: KL by k3, and max < 1). 1: not.
 """

@@ -181,7 +181,7 @@ def _start(folder: Path, out: Path, what: str) -> subprocess.Popen[str]:
 def test_killed_interrupted_and_two_at_once(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, tmp_path / "out", "ties")
     killed = _start(folder, tmp_path / "out", "kill")
-    assert killed.wait(60) == -signal.SIGKILL
+    assert killed.wait(300) == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["out.tmp"]
     assert any((tmp_path / "out.tmp").iterdir())
     with pytest.raises(ConfigError, match=r"incomplete \(.tmp"):
@@ -193,7 +193,7 @@ def test_killed_interrupted_and_two_at_once(folder: Path, tmp_path: Path) -> Non
         merge(config)
     assert not (tmp_path / "out").exists()
     holder.send_signal(signal.SIGINT)
-    holder.wait(60)
+    holder.wait(300)
     assert [path.name for path in tmp_path.iterdir()] == []
 
     merge(config)
