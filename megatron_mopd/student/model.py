@@ -190,3 +190,15 @@ def output_weight(model: GPTModel) -> Tensor:
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
+
+
+def release_routing(model: GPTModel) -> None:
+    """Let go of what only Megatron's dispatchers still hold after a backward pass.
+
+    Each keeps the routing probabilities of its last micro-batch, and with them the graph behind these: with
+    recomputation that is every layer's input and its gradient, 2 [S, H] a layer, until the next forward pass.
+    """
+    for layer in model.decoder.layers:
+        dispatcher = getattr(layer.mlp, "token_dispatcher", None)
+        if dispatcher is not None:
+            dispatcher.probs = None

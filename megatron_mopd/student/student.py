@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_mopd.config import RunConfig
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.architecture import Architecture
-from megatron_mopd.student.model import build_model
+from megatron_mopd.student.model import build_model, release_routing
 from megatron_mopd.student.optimizer import learning_rate, wrap
 from megatron_mopd.student.random_init import init_random
 from megatron_mopd.student.replay import RecordingPass, ReplayPass, RoutingReplay, replay_metrics
@@ -62,6 +62,7 @@ class Student:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         table = self._loss.run(self.ddp, batches, scores, heads, backward=True)
+        release_routing(self.model)
         self._stop_if_not_finite(table.sums, step)
         lr = learning_rate(self._config.optim, step, self._config.steps)
         for group in self.optimizer.param_groups:
