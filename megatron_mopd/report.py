@@ -20,11 +20,11 @@ if TYPE_CHECKING:  # it imports torch, which a report does not need
 def normalised(student: float, before: float, teacher: float) -> float:
     """Share of the teacher's lead that the student has: (s - s_sft) / (s_teacher - s_sft).
 
-    0 is the model it started from, 1 its teacher, more is better than the teacher; nan where the two do not
-    differ (|s_teacher - s_sft| < 1e-9).
+    0 is the model it started from, 1 its teacher, more is better than the teacher; nan where the teacher has no lead:
+    the share of a loss says nothing, and that of next to nothing can be any number.
     """
     lead = teacher - before
-    return math.nan if abs(lead) < 1e-9 else (student - before) / lead
+    return math.nan if lead < 1e-9 else (student - before) / lead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

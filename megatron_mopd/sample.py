@@ -69,15 +69,23 @@ def sample(config: RunConfig, out: str, keep: Keep) -> dict[str, Any]:
         return {}
     with writer:
         cost = write_answers(answers, writer, keep)
-        for name in config.domains:
-            if name not in cost.sampled:
-                raise ConfigError(f"domains.{name}: has no prompt in so few steps; raise steps or prompts_per_step")
-            if cost.left_out[name] == cost.sampled[name]:
-                raise ConfigError(f"domains.{name}: none of {cost.sampled[name]} answers is correct; use --keep all")
+        try:
+            _check_domains(config, cost)
+        except ConfigError:
+            writer.discard()
+            raise
         writer.finish(cost)
     stop_world()
     return {"dataset": out, "answers": cost.answers, "sampled": cost.sampled, "left_out": cost.left_out,
             "generated_tokens": cost.generated_tokens, "seconds": cost.seconds}  # fmt: skip
+
+
+def _check_domains(config: RunConfig, cost: Cost) -> None:
+    for name in config.domains:
+        if name not in cost.sampled:
+            raise ConfigError(f"domains.{name}: has no prompt in so few steps; raise steps or prompts_per_step")
+        if cost.left_out[name] == cost.sampled[name]:
+            raise ConfigError(f"domains.{name}: none of {cost.sampled[name]} answers is correct; use --keep all")
 
 
 def write_answers(answers: Iterable[Sequence[Rollout]], writer: DatasetWriter, keep: Keep) -> Cost:

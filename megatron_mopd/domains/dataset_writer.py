@@ -96,6 +96,13 @@ class DatasetWriter:
             os.replace(self._partial, self._path)
             self._record.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Leave nothing: all steps are there, and are no dataset."""
+        with self._explained():
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+            self._record.unlink(missing_ok=True)
+
     def _read_record(self) -> SoFar:
         """Of an interrupted dataset of the same settings; nothing if there is none or it is damaged."""
         try:

@@ -88,7 +88,7 @@ def _benchmarks(study: Study, draw: _Draw) -> list[Block]:
 def _scaling(study: Study, draw: _Draw) -> list[Block]:
     if not any(point.score.known for point in study.scaling):
         return []
-    caption = "Mean normalised score of the student over the number of its teachers" + _spread(study) + "."
+    caption = "What the student recovers of its teachers' headroom, over their number" + _spread(study) + "."
     return [draw("scaling", study_figures.scaling_figure(study, draw.looks), caption), tables.scaling_table(study)]
 
 

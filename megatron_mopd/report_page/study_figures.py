@@ -66,7 +66,7 @@ def accuracy_figure(study: Study, looks: Looks) -> Any:
 
 
 def scaling_figure(study: Study, looks: Looks) -> Any:
-    """Mean normalised score over the number of teachers, a line per method."""
+    """Headroom recovered over the number of teachers, a line per method."""
     figure, (axes,) = panels(1, 1, COLUMN, 2.4)
     axes.set_xscale("log", base=2)
     counts = sorted({point.teachers for point in study.scaling})
@@ -87,7 +87,7 @@ def scaling_figure(study: Study, looks: Looks) -> Any:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.grid(axis="y")
-    axes.set(xlabel="teachers", ylabel="mean normalised score")
+    axes.set(xlabel="teachers", ylabel="headroom recovered")
     low, high = axes.get_ylim()
     axes.set_ylim(low, max(high, 1.0 + 0.08 * (1.0 - low)))
     label_ends(axes, labels)

@@ -162,7 +162,10 @@ def scaling_table(study: Study) -> Table:
     labels = {point.method: point.label for point in study.scaling}
     scores = {(point.method, point.teachers): point.score for point in study.scaling}
     return Table(
-        caption=f"Mean normalised score over the number of teachers. {_intervals(study)}",
+        caption=(
+            "Headroom recovered over the number of teachers: the student's gain on the base over the teachers', both "
+            f"summed over the domains. {_intervals(study)}"
+        ),
         groups=(("teachers", len(counts)),),
         columns=("method", *(str(count) for count in counts)),
         rows=tuple(

@@ -40,8 +40,21 @@ class Figures:
         teacher = self.accuracy(seed, f"{TEACHERS}.{self.domains[domain]}", domain)
         return normalised(self.accuracy(seed, model, domain), self.accuracy(seed, BASE, domain), teacher)
 
+    def headroom_recovered(self, seed: int, model: str, domains: Iterable[str]) -> float:
+        """What the model gained on the base over what the domains' teachers did, both summed over the domains.
+
+        The mean score weighs every domain alike, one with next to no headroom too, of which a student may seem to have
+        kept ten times as much as there was; here such a domain hardly counts. nan where the teachers gained nothing.
+        """
+        gained, there = 0.0, 0.0
+        for domain in domains:
+            base = self.accuracy(seed, BASE, domain)
+            gained += self.accuracy(seed, model, domain) - base
+            there += self.accuracy(seed, f"{TEACHERS}.{self.domains[domain]}", domain) - base
+        return gained / there if there > 1e-9 else math.nan
+
     def mean_score(self, seed: int, model: str, domains: Iterable[str]) -> float:
-        """Mean over the domains in which the teacher differs from the base; nan where it does in none."""
+        """Mean over the domains in which the teacher is better than the base; nan where it is in none."""
         return mean({domain: self.score(seed, model, domain) for domain in domains})
 
 
@@ -72,7 +85,7 @@ def lost_leads(figures: Figures) -> list[str]:
             if own <= base:
                 found.append(
                     f"seed {seed}: teacher {teacher} has {own:.3f} in {domain}, the base {base:.3f}: no lead to keep, "
-                    "so the normalised scores of this domain and seed say nothing; train the teacher for longer"
+                    "so this domain and seed have no normalised score; train the teacher for longer"
                 )
     return found
 
@@ -169,8 +182,8 @@ def other_abilities(figures: Figures, model: str, seeds: Sequence[int]) -> dict[
 def scaling(
     config: ReproduceConfig, figures: Figures, seeds: Sequence[int], complete: Sequence[str]
 ) -> list[dict[str, Any]] | None:
-    """The score of each method with its first n domains, over those domains only; points that are not made yet are
-    left out."""
+    """What each method with its first n domains recovers of the headroom, over those domains only; points that are not
+    made yet are left out."""
     if config.scaling is None:
         return None
     names = list(figures.domains)
@@ -179,7 +192,7 @@ def scaling(
         for count in sorted(config.scaling.teachers):
             model = method if count == len(names) else scaled_name(method, count)
             if method in complete and all((seed, model) in figures.results for seed in seeds):
-                scores = {seed: figures.mean_score(seed, model, names[:count]) for seed in seeds}
+                scores = {seed: figures.headroom_recovered(seed, model, names[:count]) for seed in seeds}
                 estimate = Estimate.of(scores).as_json()
                 points.append({"method": method, "label": config.label(method), "teachers": count, "score": estimate})
     return points

@@ -77,10 +77,10 @@ def compute_table(summary: Mapping[str, Any]) -> Table:
 
 
 def scaling_table(summary: Mapping[str, Any]) -> Table:
-    """Normalised score, a row per method, a column per number of teachers."""
+    """Headroom recovered, a row per method, a column per number of teachers."""
     points = {(point["label"], point["teachers"]): point["score"] for point in summary["scaling"]}
     counts = sorted({count for _, count in points})
-    table = Table(title="Normalised score by number of teachers", title_justify="left")
+    table = Table(title="Headroom recovered, by number of teachers", title_justify="left")
     table.add_column("")
     for count in counts:
         table.add_column(str(count), justify="right")

@@ -29,7 +29,7 @@ COMPARISON = Comparison(
         (0.9, 0.5, 0.9, 1.0),
         (0.8, 0.5, 0.9, 0.75),
         (1.0, 0.5, 0.75, 2.0),
-        (0.4, 0.5, 0.3, 0.5),
+        (0.4, 0.5, 0.9, -0.25),
     ],
 )
 def test_normalised_score(student: float, before: float, teacher: float, score: float) -> None:
@@ -38,6 +38,7 @@ def test_normalised_score(student: float, before: float, teacher: float, score: 
 
 def test_a_teacher_without_a_lead_gives_no_score() -> None:
     assert math.isnan(normalised(0.8, 0.5, 0.5 + 1e-10))
+    assert math.isnan(normalised(0.4, 0.5, 0.3))
     assert math.isnan(mean({"a": math.nan}))
     assert mean({"a": math.nan, "b": 0.5, "c": 1.0}) == 0.75
 

@@ -135,6 +135,11 @@ def test_scores_are_normalised_by_the_teacher_of_each_domain_and_seed() -> None:
     assert figures.score(0, "mopd", "x") == pytest.approx(0.75)
     assert figures.score(0, "mopd", "y") == pytest.approx(1.25)
     assert figures.mean_score(0, "mopd", ["x", "y"]) == pytest.approx(1.0)
+    # (0.3 + 0.5) of (0.4 + 0.4); the second teacher alone, with a base of 0.4: 0.2 of 0.4.
+    assert figures.headroom_recovered(0, "mopd", ["x", "y"]) == pytest.approx(1.0)
+    assert figures.headroom_recovered(1, "mopd", ["x", "y"]) == pytest.approx((0.4 + 0.2) / (0.0 + 0.4))
+    assert figures.headroom_recovered(1, "mopd", ["y"]) == pytest.approx(0.5)
+    assert math.isnan(figures.headroom_recovered(1, "mopd", ["x"]))
     # A teacher that learned nothing normalises nothing: the mean is over the other domains.
     assert math.isnan(figures.score(1, "mopd", "x"))
     assert figures.mean_score(1, "mopd", ["x", "y"]) == pytest.approx(0.5)
