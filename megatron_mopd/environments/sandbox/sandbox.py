@@ -55,7 +55,7 @@ class SandboxLimits:
         """name of RLIMIT_* in lower case -> value. alone: whether the snippet is a user of its own."""
         return {
             **({"nproc": self.threads} if alone else {}),
-            "cpu": int(self.seconds) + 1,
+            "cpu": int(self.seconds) + 2,  # later than the clock, which says more
             "as": self.memory_bytes,
             "fsize": self.scratch_bytes,
             "nofile": self.open_files,
