@@ -155,6 +155,7 @@ def test_an_empty_folder_is_filled(folder: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys, pathlib
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 from megatron_mopd.merge import MergeConfig
 from megatron_mopd.merge.run import run_merge
 folder, out = map(pathlib.Path, sys.argv[1:3])
