@@ -216,13 +216,17 @@ class RunConfig:
                     f"domains.{name}.environment: only where the student answers by itself, in stage 'rl' or 'mopd' "
                     "without rollout.dataset; remove it"
                 )
-            if domain.environment is not None and self.rollout.lag:
-                raise ConfigError(f"rollout.lag: domains.{name}.environment plays in turns within a step; set lag to 0")
+            if domain.environment is not None and self.rollout.samples_ahead:
+                raise ConfigError(
+                    f"rollout: domains.{name}.environment plays in turns within a step; set lag to 0 and waves to 1"
+                )
             if domain.wrong_answers > 0 and not self.reads_answers:
                 why = "the answers are those of rollout.dataset" if self.stage == "sft" else f"not '{self.stage}'"
                 raise ConfigError(f"domains.{name}.wrong_answers: only in stage 'sft', {why}")
         updates = self.optim.updates_per_step
         require(updates <= self.prompts_per_step, "optim.updates_per_step: more than prompts_per_step")
+        require(self.rollout.waves <= self.prompts_per_step, "rollout.waves: more than prompts_per_step")
+        require(updates == 1 or self.rollout.waves == 1, "rollout.waves: must be 1 with several optim.updates_per_step")
         if self.domain_schedule == "sequential":
             sequential_steps(self._weights, self.steps)
 

@@ -153,6 +153,10 @@ def check_method(stage: Stage, objective: ObjectiveSpec, rollout: RolloutSpec) -
             "rollout.lag: objective.dynamic_sampling draws more prompts once it has seen a step's rewards, too late to "
             "sample ahead; set lag: 0, or dynamic_sampling: false"
         )
+    if rollout.waves > 1 and stage != "mopd":
+        raise ConfigError(f"rollout.waves: stage '{stage}' has no teachers to score them; set it to 1")
+    if rollout.waves > 1 and objective.dynamic_sampling:
+        raise ConfigError("rollout.waves: objective.dynamic_sampling sees all rewards first; set one of them off")
     if rollout.engine == "dataset":
         _check_dataset(stage, objective, rollout)
     _check_unused(stage, objective, rollout)

@@ -121,6 +121,14 @@ class RolloutSpec:
     partial: bool = False
     """`over_sample`: answers that a step did not wait for stop where they are and go on in the next step, and nothing
     is sampled during the update. Without it they go on during the update, which takes a `lag` of 2 or more."""
+    waves: int = 1
+    """`sglang`: in how many parts, at most, the teachers score a step's answers, each as soon as that share of them is
+    there, while the servers go on with the longer ones. Every wave swaps each of its teachers in once."""
+
+    @property
+    def samples_ahead(self) -> bool:
+        """Whether answers are under way while the ranks do something else."""
+        return self.lag > 0 or self.waves > 1
 
     def __post_init__(self) -> None:
         if self.engine == "dataset" and not self.dataset:
@@ -138,6 +146,7 @@ class RolloutSpec:
                 "routing_replay: R2 is for the student's own answers, not those of a dataset; set it to off"
             )
         self._check_lag()
+        self._check_waves()
         require(self.samples_per_prompt >= 1, "samples_per_prompt: must be >= 1")
         require(self.temperature >= 0, "temperature: must be >= 0 (0 is greedy)")
         require(0 < self.top_p <= 1, "top_p: must be in (0, 1]")
@@ -169,4 +178,21 @@ class RolloutSpec:
             raise ConfigError(
                 f"lag: {self.lag}, but servers on the trainer's devices (sglang.sync.colocated) cannot sample while it "
                 "trains; set over_sample and partial: true, or lag: 0"
+            )
+
+    def _check_waves(self) -> None:
+        require(self.waves >= 1, f"waves: must be >= 1, got {self.waves}")
+        if self.waves == 1:
+            return
+        if self.engine != "sglang":
+            raise ConfigError(
+                f"waves: {self.waves}, but engine '{self.engine}' has a step's answers all at once; "
+                "set engine: sglang, or waves: 1"
+            )
+        if self.over_sample > 1:
+            raise ConfigError("waves: over_sample already ends a step with the answers that come first; set one to 1")
+        if self.sglang is not None and self.sglang.sync.colocated:
+            raise ConfigError(
+                "waves: servers on the trainer's devices (sglang.sync.colocated) cannot sample while the teachers "
+                "score; set waves: 1"
             )

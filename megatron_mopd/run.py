@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 
 from megatron_mopd.compute import token_metrics
 from megatron_mopd.config import RunConfig, save_config
-from megatron_mopd.domain_weights import DomainGaps, count_units, domain_factors, weighted
+from megatron_mopd.domain_weights import DomainGaps
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.evaluation.evaluate import evaluate
 from megatron_mopd.evaluation.results import score_metrics
 from megatron_mopd.metrics import MetricLog, PhaseTimer, read_records
-from megatron_mopd.packing import pack_step
 from megatron_mopd.parallel.runtime import start_world, stop_world
 from megatron_mopd.preflight import Inputs, resolve_inputs
 from megatron_mopd.progress import Progress
@@ -36,7 +34,8 @@ from megatron_mopd.student.weight_stream import export_hf
 from megatron_mopd.teachers.bank import TeacherBank
 from megatron_mopd.teachers.divergence import check_initial_divergence
 from megatron_mopd.teachers.manifest import check_same_teachers, teacher_manifest, teacher_weights
-from megatron_mopd.types import MicroBatch, Rollout, UpdateReport
+from megatron_mopd.types import UpdateReport
+from megatron_mopd.updates import Updates
 from megatron_mopd.yaml_config import ConfigError
 
 DONE = "DONE"
@@ -60,13 +59,13 @@ class Run:
             self.inputs.dataset.check_teachers(teacher_weights(config, self._teacher_manifest))
         latest = checkpoint.find_latest(self.folder)
         self.student = Student(config, self.inputs.arch, self.world, self.inputs.weights)
-        self.gaps = DomainGaps()
         self.first_step = self._resume(latest) if latest else 0
         self.steps_saved = self.first_step
-        self._factors: dict[str, float] = {}
         self.engine = self._training_engine()
         self.ahead = self._answered_ahead(latest)
         self.collector = Collector(config, self.mixer, self.engine, self.inputs.tokenizer, self.world, self.ahead)
+        self.updates = Updates(config, self.world, self.collector, self.student, self.timer)
+        self.updates.gaps = self._saved_gaps(latest)
         # Where answers are looked up, the student samples only to be evaluated or measured.
         own_sampler = not config.generates and (config.evaluation.every > 0 or config.stage == "mopd")
         self._sampler = self._sampling_engine() if own_sampler else self.engine
@@ -107,57 +106,9 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
-    def updates(self, rollouts: Sequence[Rollout], step: int) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of each optimizer update of this step, packed when it is their turn.
-
-        With R2 the later updates' are packed now, and replay what the weights of now choose. The first update has just
-        these weights: what it would replay is what its routers choose anyway.
-        """
-        parts = self._parts(rollouts, step)
-        if self.config.rollout.routing_replay != "R2" or len(parts) == 1:
-            yield from map(self.pack, parts)
-            return
-        first, *later = [self.pack(part) for part in parts]
-        with self.timer("routing"):
-            recorded = [self.student.record_routing(batches) for batches in later]
-        yield from (first, *recorded)
-
-    def _parts(self, rollouts: Sequence[Rollout], step: int) -> list[Sequence[Rollout]]:
-        """The rollouts of each optimizer update of this step; one part, unless `optim.updates_per_step` says more.
-
-        Parts are cut from the shuffled prompts: domains come interleaved, and a stride would sort them apart. The
-        samples of a prompt stay together.
-        """
-        prompts = list(dict.fromkeys(rollout.prompt.id for rollout in rollouts))
-        parts = min(self.config.optim.updates_per_step, len(prompts))
-        if parts == 1:
-            return [rollouts]
-        order = np.random.default_rng([self.config.seed, step]).permutation(len(prompts))
-        part_of = {prompts[index]: place * parts // len(prompts) for place, index in enumerate(order)}
-        return [[r for r in rollouts if part_of[r.prompt.id] == part] for part in range(parts)]
-
-    def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        """This rank's share of its data-parallel group's micro-batches; on every rank as many, with the same teachers
-        in the same order."""
-        config, objective = self.config, self.config.objective
-        batches = pack_step(
-            rollouts,
-            config,
-            data_rank=self.world.data.rank,
-            data_ranks=self.world.data.size,
-            multiple_of=self.world.tensor.size * config.model.tokens_multiple,
-            device=self.world.device,
-            context_ranks=self.world.context.size,
-            context_rank=self.world.context.rank,
-        )
-        weights = {name: domain.weight for name, domain in config.domains.items()}
-        units = count_units(rollouts, objective.aggregation)
-        self._factors = domain_factors(objective.domain_weights, weights, units, self.gaps)
-        return weighted(batches, self._factors, config.domain_names)
-
-    def log_step(self, step: int, reports: Sequence[UpdateReport], rollouts: Sequence[Rollout]) -> None:
+    def log_step(self, step: int, reports: Sequence[UpdateReport]) -> None:
         """Write the step's metrics (means over its updates) and times; evaluate when it is time to."""
-        report = UpdateReport.mean(reports)
+        report, rollouts = UpdateReport.mean(reports), self.collector.rollouts
         generated = sum(int(rollout.loss_mask.sum()) for rollout in rollouts)
         processed = sum(len(rollout.token_ids) for rollout in rollouts)
         scored = {"teacher": processed} if self.config.teachers else {}
@@ -172,7 +123,7 @@ class Run:
                 rollouts, generated=self.collector.generated_tokens, has_teachers=bool(self.config.teachers)
             ),
             **self.teachers.take_metrics(),
-            **self._domain_weight_metrics(report),
+            **self.updates.learn_gaps(report.metrics),
             **{f"{what}/{name}": n for name, counts in self.mixer.counts().items() for what, n in counts.items()},
             **self.timer.take(tokens={"rollout": generated, **scored, "update": processed, "total": processed}),
         }
@@ -182,14 +133,6 @@ class Run:
         if self.config.evaluation.every and (step + 1) % self.config.evaluation.every == 0:
             self._evaluate(step + 1)
 
-    def _domain_weight_metrics(self, report: UpdateReport) -> dict[str, float]:
-        """The factors of the step's last update; takes in what the step has measured of the gaps."""
-        spec = self.config.objective.domain_weights
-        if spec.kind == "prompt_share":
-            return {}
-        self.gaps = self.gaps.after(report.metrics, self.config.domain_names, spec.decay)
-        return {f"domain_factor/{name}": factor for name, factor in self._factors.items()}
-
     def is_checkpoint_due(self, steps_done: int) -> bool:
         return steps_done % self.config.checkpoint.every == 0 or steps_done == self.config.steps
 
@@ -198,7 +141,7 @@ class Run:
         state = {
             "run": self._identity,
             "num_updates": self.student.num_updates,
-            "gaps": dict(self.gaps.gaps),
+            "gaps": dict(self.updates.gaps.gaps),
             "teachers": self._teacher_manifest,
             **(drawn or self._drawn()),
         }
@@ -238,8 +181,10 @@ class Run:
         checkpoint.load(path, self.student.ddp, self.student.optimizer, self.world)
         self.student.num_updates = manifest.state["num_updates"]
         self.mixer.load_state_dict(manifest.state["mixer"])
-        self.gaps = DomainGaps(manifest.state.get("gaps", {}))
         return manifest.step
+
+    def _saved_gaps(self, latest: Path | None) -> DomainGaps:
+        return DomainGaps(checkpoint.read_manifest(latest).state.get("gaps", {}) if latest else {})
 
     def _drawn(self) -> dict[str, Any]:
         """Which prompts the steps done have trained on, as a checkpoint has it."""
@@ -250,7 +195,7 @@ class Run:
 
     def _answered_ahead(self, latest: Path | None) -> Ahead | None:
         saved = checkpoint.read_manifest(latest).state.get("ahead") if latest else None
-        if not self.config.rollout.lag:
+        if not self.config.rollout.samples_ahead:
             if saved and saved["trained"]:
                 raise ConfigError(
                     f"rollout.lag: {latest} has trained on prompts of later steps too; go on with the lag it had"

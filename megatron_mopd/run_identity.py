@@ -34,10 +34,10 @@ def run_identity(config: RunConfig, tokenizer: Tokenizer, dataset: Dataset | Non
 
 
 def _rollout_identity(config: RunConfig, dataset: Dataset | None) -> dict[str, Any]:
-    """A dataset is its contents: the file may move. Which servers sample, where they are and how far ahead, may
-    change."""
+    """A dataset is its contents: the file may move. Which servers sample, where they are, how far ahead and in
+    which order, may change."""
     tree = to_tree(config.rollout) | {"dataset": dataset.fingerprint if dataset else None}
-    left_out = {"sglang", "lag", "over_sample", "partial"} | (
+    left_out = {"sglang", "lag", "over_sample", "partial", "waves"} | (
         {"routing_replay"} if config.rollout.routing_replay == "off" else set()
     )
     return {key: value for key, value in tree.items() if key not in left_out}

@@ -1,5 +1,7 @@
-"""Prompts that are answered ahead of the step that trains on them (`rollout.lag`), and which a step takes.
+"""Prompts that are answered while the ranks do something else, and which a step takes.
 
+With `rollout.lag` they are answered ahead of the step that trains on them, with `rollout.waves` while teachers score
+those of the step that were answered first.
 Every rank draws the same prompts in the same order as without a lag, so many that a fixed number is in play; rank 0 has
 them answered while all ranks train. Three ways, with n = `prompts_per_step` and a lag of L steps:
 
@@ -28,8 +30,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_mopd.config import RolloutSpec, RunConfig
@@ -68,16 +71,18 @@ def prompts_in_play(spec: RolloutSpec, prompts_per_step: int, steps_left: int) -
 
 
 def choose(
-    in_play: Sequence[Ticket], answered: Sequence[str], step: int, spec: RolloutSpec, prompts_per_step: int
+    in_play: Sequence[Ticket], answered: Sequence[str], step: int, spec: RolloutSpec, prompts_per_step: int, left: int
 ) -> list[str] | None:
-    """Ids of the prompts that `step` trains on, in the order they were drawn in; None while it has to wait.
+    """Ids of prompts that `step` trains on, in the order they were drawn in; None while it has to wait.
 
-    in_play: in the order drawn. answered: ids, the first answered first.
+    in_play: in the order drawn. answered: ids, the first answered first. left: how many prompts the step still takes:
+    of `prompts_per_step` all, or with `rollout.waves` at least a wave of them.
     """
     taken: list[str] = []
     if spec.over_sample == 1:
-        taken = [ticket.prompt.id for ticket in in_play[:prompts_per_step]]
-        return taken if set(answered).issuperset(taken) else None
+        there = set(answered)
+        taken = [ticket.prompt.id for ticket in in_play[:left] if ticket.prompt.id in there]
+        return taken if len(taken) >= min(left, math.ceil(prompts_per_step / spec.waves)) else None
     for steps in range(spec.lag + 1):
         due = {ticket.prompt.id for ticket in in_play if ticket.begun <= step + steps - spec.lag}
         # The next `steps` steps can take so many of them.
@@ -111,22 +116,27 @@ class Ahead:
         self.metrics: dict[str, float] = {}
         """Of the last `collect`."""
 
-    def collect(self, step: int) -> tuple[list[Prompt], list[Rollout]]:
-        """The prompts that `step` trains on, and this rank's rollouts: of every world-size-th prompt. Collective."""
+    def collect(self, step: int) -> Iterator[tuple[list[Prompt], list[Rollout]]]:
+        """The prompts that `step` trains on, and this rank's rollouts: of every world-size-th prompt. In up to
+        `rollout.waves` parts, each as soon as it is there. Collective."""
         config = self._config
         self._versions = {s: v for s, v in self._versions.items() if s >= step - config.rollout.lag}
         self._versions[step] = self._engine.policy_version
         begun = self._begin(step)
         # As without a lag, where a step's seed is of the step.
         self._engine.begin([t.prompt for t in begun], [config.seed * 1_000_003 + t.batch for t in begun])
-        in_play = tuple(self._in_play.values())
-        ids, rollouts = self._engine.take(
-            lambda answered: choose(in_play, answered, step, config.rollout, config.prompts_per_step)
-        )
-        taken = {identity: self._in_play.pop(identity).prompt for identity in ids}
-        self._trained.update(ids)
-        self._forget_trained_draws()
-        return list(taken.values()), rollouts
+        left = config.prompts_per_step
+        while left:
+            ids, rollouts = self._engine.take(partial(self._choose, step=step, left=left))
+            left -= len(ids)
+            taken = {identity: self._in_play.pop(identity).prompt for identity in ids}
+            self._trained.update(ids)
+            self._forget_trained_draws()
+            yield list(taken.values()), rollouts
+
+    def _choose(self, answered: Sequence[str], step: int, left: int) -> list[str] | None:
+        spec, in_play = self._config.rollout, tuple(self._in_play.values())
+        return choose(in_play, answered, step, spec, self._config.prompts_per_step, left)
 
     def check(self, rollouts: Sequence[Rollout], step: int) -> None:
         """Raise ValueError where a token of `step` is older than `rollout.lag` allows; else set `metrics`."""

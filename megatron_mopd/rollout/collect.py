@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +39,7 @@ class Collector:
         world: World,
         ahead: Ahead | None = None,
     ):
-        """Rollouts of `StoredAnswers` keep the reward that they come with. ahead: with `rollout.lag`."""
+        """Rollouts of `StoredAnswers` keep the reward that they come with. ahead: with `rollout.samples_ahead`."""
         self._config = config
         self._mixer = mixer
         self._engine = engine
@@ -47,6 +47,8 @@ class Collector:
         self._world = world
         self._ahead = ahead
         self._environments = Environments(config.environments, tokenizer)
+        self.rollouts: list[Rollout] = []
+        """Of the step that was collected last."""
         self.sampling_metrics: dict[str, float] = {}
         """Of the last `collect`. Dynamic sampling: what was sampled, before groups without signal were left out;
         `rollout.lag`: how old the rollouts are."""
@@ -55,9 +57,18 @@ class Collector:
 
     def collect(self, step: int) -> list[Rollout]:
         """The rollouts of `step`: what they are depends on (seed, step) and the weights, not on the layout."""
+        return [rollout for wave in self.waves(step) for rollout in wave]
+
+    def waves(self, step: int) -> Iterator[list[Rollout]]:
+        """The same in parts, each as soon as it is there: one part, unless `rollout.waves` says more. What this object
+        tells of the step it knows after the last one."""
+        self.rollouts = []
+        for wave in self._ahead_of(self._ahead, step) if self._ahead is not None else [self._on_policy(step)]:
+            self.rollouts += wave
+            yield wave
+
+    def _on_policy(self, step: int) -> list[Rollout]:
         config = self._config
-        if self._ahead is not None:
-            return self._collect_ahead(self._ahead, step)
         rounds = config.objective.max_sampling_rounds if config.objective.dynamic_sampling else 1
         kept: list[Rollout] = []
         sampled: list[Rollout] = []
@@ -83,18 +94,18 @@ class Collector:
             self.sampling_metrics["dropped_rollouts"] = float(len(sampled) - len(kept))
         return kept
 
-    def _collect_ahead(self, ahead: Ahead, step: int) -> list[Rollout]:
-        prompts, own = ahead.collect(step)
-        known = {prompt.id: prompt for prompt in prompts}
-        own = [replace(rollout, prompt=known[rollout.prompt.id]) for rollout in own]
-        rollouts = self._judge(own, prompts, self._config.domains)
-        if self._config.needs_outcome:
-            rollouts = group_advantages(rollouts, self._config.objective.normalise_by_std)
-        ahead.check(rollouts, step)
+    def _ahead_of(self, ahead: Ahead, step: int) -> Iterator[list[Rollout]]:
+        for prompts, own in ahead.collect(step):
+            known = {prompt.id: prompt for prompt in prompts}
+            own = [replace(rollout, prompt=known[rollout.prompt.id]) for rollout in own]
+            rollouts = self._judge(own, prompts, self._config.domains)
+            if self._config.needs_outcome:
+                rollouts = group_advantages(rollouts, self._config.objective.normalise_by_std)
+            yield rollouts
+        ahead.check(self.rollouts, step)
         self._engine.rest()
-        self.generated_tokens = sum(int(rollout.loss_mask.sum()) for rollout in rollouts)
+        self.generated_tokens = sum(int(rollout.loss_mask.sum()) for rollout in self.rollouts)
         self.sampling_metrics = ahead.metrics
-        return rollouts
 
     def sample(
         self,

@@ -29,7 +29,7 @@ def check_initial_divergence(run: Run) -> None:
             )
     prompts = [p for name in config.domains for p in run.mixer.held_out(name)[:PROMPTS_PER_DOMAIN]]
     run.refresh_evaluator()
-    batches = run.pack(run.evaluator.sample(prompts, seed=config.evaluation.seed, samples=1))
+    batches = run.updates.pack(run.evaluator.sample(prompts, seed=config.evaluation.seed, samples=1))
     measured = run.student.measure(batches, run.teachers.score(batches), run.teachers.heads())
     own = run.student.score(batches)
     heads = {name: output_weight(run.student.model) for name in config.teachers} if world.is_last_stage else {}

@@ -254,7 +254,7 @@ def _train(config: RunConfig) -> dict[str, Any]:
 
         run.engine.generate = noting  # type: ignore[method-assign]
         rollouts = run.collector.collect(0)
-        batches = run.pack(rollouts)
+        batches = run.updates.pack(rollouts)
         report = run.student.update(batches, run.teachers.score(batches), run.teachers.heads(), 0)
         weights = {name: tensor.clone() for name, tensor in run.student.hf_weights()}
         return {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mopd.config import RunConfig
@@ -229,3 +230,32 @@ def test_a_run_that_is_killed_goes_on_and_trains_on_every_prompt_once(
     if "partial" in rollout:
         assert any(record["kept_tokens"] > 0 for record in records)
         assert 0 < np.mean([record["staleness"] for record in records]) < 1
+
+
+def test_scored_in_waves_a_step_is_what_it_is_in_one(models: Path, tmp_path: Path, url: str) -> None:
+    """Two ranks, domains that weigh by tokens: which answers come first changes the packing, and nothing else."""
+    records, weights = [], []
+    for waves in (1, 4):
+        run_dir = tmp_path / str(waves)
+        tree = run_file(models, run_dir, urls=[url], sync={"kind": "disk"}) | {
+            "steps": 4,
+            "evaluation": {"prompts": 16, "every": 4},
+            "optim": {"lr": 1e-3, "warmup_steps": 2},
+            "parallel": {"ranks": 2},
+        }
+        tree["objective"] |= {"domain_weights": {"kind": "token_share"}}
+        tree["rollout"] |= {"waves": waves}
+        for domain in tree["domains"].values():
+            domain["max_response_tokens"] = 16
+        process = start(write_run(tmp_path / f"{waves}.yaml", tree))
+        output = process.communicate(timeout=SECONDS)[0].decode()
+        assert process.returncode == 0, output
+        records.append(read_records(run_dir / "metrics.jsonl"))
+        weights.append(load_file(run_dir / "checkpoints" / "latest" / "model.safetensors"))
+    for one, four in zip(*records, strict=True):
+        assert one["tokens/generated"] == four["tokens/generated"]
+        for key in ("loss", "grad_norm", "reverse_kl", "reward", "domain_factor/a", "domain_factor/b"):
+            assert four[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+    gaps = torch.cat([(weights[1][name] - value).abs().flatten() for name, value in weights[0].items()])
+    print("weights differ by at most", gaps.max().item(), "above 1e-5:", (gaps > 1e-5).float().mean().item())
+    assert (gaps > 1e-5).float().mean() < 1e-4  # AdamW takes a whole step where a gradient is nothing but rounding

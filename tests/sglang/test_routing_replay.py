@@ -21,7 +21,7 @@ def measured(config: RunConfig) -> dict[str, dict[str, float]]:
 
     with Run(config) as run:
         rollouts = run.collector.collect(0)
-        batches = run.pack(rollouts)
+        batches = run.updates.pack(rollouts)
         scores, heads = run.teachers.score(batches), run.teachers.heads()
         free = [replace(batch, routed_experts=None) for batch in batches]
         return {

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from megatron_mopd.config import RolloutSpec, RunConfig, SglangSpec
+from megatron_mopd.config import ObjectiveSpec, RolloutSpec, RunConfig, SglangSpec, TeacherSpec
 from megatron_mopd.domains.mixer import DomainMixer
 from megatron_mopd.rollout.ahead import Ahead, Ticket, choose, prompts_in_play
 from megatron_mopd.rollout.sglang.flight import Choose
@@ -25,28 +26,45 @@ from megatron_mopd.types import Prompt, Rollout, WeightSpan
 from tests.unit.test_collect import MODEL, config
 
 PROMPTS = 16
-WAYS = [  # lag, over_sample, partial
-    (1, 1.0, False),
-    (3, 1.0, False),
-    (2, 1.25, False),
-    (3, 1.5, False),
-    (1, 1.25, True),
-    (1, 1.5, True),
-    (2, 1.5, True),
+
+
+class Way(NamedTuple):
+    lag: int
+    over_sample: float = 1.0
+    partial: bool = False
+    waves: int = 1
+
+
+WAYS = [
+    Way(1),
+    Way(3),
+    Way(2, 1.25),
+    Way(3, 1.5),
+    Way(1, 1.25, True),
+    Way(1, 1.5, True),
+    Way(2, 1.5, True),
+    Way(0, waves=4),
+    Way(0, waves=PROMPTS),
+    Way(1, waves=3),
 ]
 
 
-def run_of(way: tuple[int, float, bool], steps: int, prompts: int = PROMPTS) -> RunConfig:
-    lag, over_sample, partial = way
+def run_of(way: Way, steps: int, prompts: int = PROMPTS) -> RunConfig:
     rollout = RolloutSpec(
-        engine="sglang",
-        sglang=SglangSpec(urls=("http://a:1",)),
-        samples_per_prompt=2,
-        lag=lag,
-        over_sample=over_sample,
-        partial=partial,
+        engine="sglang", sglang=SglangSpec(urls=("http://a:1",)), samples_per_prompt=2, **way._asdict()
     )
-    return replace(config(), rollout=rollout, steps=steps, prompts_per_step=prompts, seed=3)
+    plain = config()
+    return replace(
+        plain,
+        stage="mopd",
+        objective=ObjectiveSpec(kind="full_vocab"),
+        teachers={"t": TeacherSpec(checkpoint="unused")},
+        domains={"words": replace(plain.domains["words"], teacher="t")},
+        rollout=rollout,
+        steps=steps,
+        prompts_per_step=prompts,
+        seed=3,
+    )
 
 
 def flat[T](lists: Sequence[Sequence[T]]) -> list[T]:
@@ -66,9 +84,11 @@ def tokenizer() -> Tokenizer:
 
 
 class Clock:
-    """An engine whose answers take `length_of` ticks; `update` ticks pass while the trainer trains."""
+    """An engine whose answers take `length_of` ticks; `update` ticks pass while the trainer trains, and in all
+    `scoring` while the teachers score a step."""
 
     update = 25
+    scoring = 16
 
     def __init__(self, spec: RolloutSpec):
         self._spec = spec
@@ -89,6 +109,10 @@ class Clock:
             self._tick()
         self._answered = [identity for identity in self._answered if identity not in ids]
         return list(ids), [self._rollout(identity) for identity in ids]
+
+    def score(self, prompts: int, of: int) -> None:
+        for _ in range(self.scoring * prompts // of):
+            self._tick()
 
     def train(self, version: int) -> None:
         if not self._spec.partial:
@@ -129,14 +153,22 @@ class Play:
 
     def __init__(self, run: RunConfig, first_step: int = 0, updates: int = 1):
         self.run, self.updates = run, updates
+        self.waves: list[int] = []
+        """How many rollouts each wave of the last step had."""
         self.mixer = DomainMixer(run, tokenizer())
         self.engine = Clock(run.rollout)
         self.engine.policy_version = first_step * updates
         self.ahead = Ahead(run, self.mixer, self.engine, first_step)  # type: ignore[arg-type]
 
     def step(self, step: int) -> list[Rollout]:
-        prompts, rollouts = self.ahead.collect(step)
-        assert [rollout.prompt.id for rollout in rollouts] == [prompt.id for prompt in prompts]
+        rollouts: list[Rollout] = []
+        self.waves = []
+        for prompts, wave in self.ahead.collect(step):
+            assert [rollout.prompt.id for rollout in wave] == [prompt.id for prompt in prompts]
+            rollouts += wave
+            self.waves.append(len(wave))
+            if self.run.rollout.waves > 1:
+                self.engine.score(len(wave), self.run.prompts_per_step)
         self.ahead.check(rollouts, step)
         self.engine.train((step + 1) * self.updates)
         return rollouts
@@ -151,7 +183,7 @@ def on_policy(steps: int, prompts: int = PROMPTS) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_prompt_is_trained_on_once_with_its_own_seed_and_in_time(way: tuple[int, float, bool]) -> None:
+def test_every_prompt_is_trained_on_once_with_its_own_seed_and_in_time(way: Way) -> None:
     steps = 12
     play, expected = Play(run_of(way, steps), updates=2), on_policy(steps)
     trained, oldest = [], 0.0
@@ -160,30 +192,35 @@ def test_every_prompt_is_trained_on_once_with_its_own_seed_and_in_time(way: tupl
         trained.append([rollout.prompt.id for rollout in rollouts])
         metrics = play.ahead.metrics
         oldest = max(oldest, metrics["staleness_max"])
-        assert metrics["staleness"] <= metrics["staleness_max"] <= way[0] * 2  # two updates a step
+        assert metrics["staleness"] <= metrics["staleness_max"] <= way.lag * 2  # two updates a step
         assert metrics["staleness/words"] == metrics["staleness"]
         in_play = prompts_in_play(play.run.rollout, PROMPTS, steps - step)
         assert metrics["prompts_in_play"] == in_play - PROMPTS
-    assert oldest == way[0] * 2
+        assert len(play.waves) <= way.waves
+        assert min(play.waves[:-1], default=PROMPTS) >= math.ceil(PROMPTS / way.waves)
+    assert oldest == way.lag * 2
     assert all(len(ids) == PROMPTS for ids in trained)
     assert sorted(flat(trained)) == sorted(flat(expected))
-    if way[1] == 1:
-        assert trained == expected
-    else:
+    if way.over_sample > 1:
         assert trained != expected
+    elif way.waves == 1:
+        assert trained == expected
+    else:  # the same steps, the first answered first
+        assert trained != expected
+        assert [sorted(ids) for ids in trained] == [sorted(ids) for ids in expected]
     seeds = {identity: 3 * 1_000_003 + step for step, ids in enumerate(expected) for identity in ids}
     assert play.engine.seeds == seeds
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lost", [0, 3])
-def test_a_resume_draws_again_what_was_in_play_and_nothing_twice(way: tuple[int, float, bool], lost: int) -> None:
+def test_a_resume_draws_again_what_was_in_play_and_nothing_twice(way: Way, lost: int) -> None:
     """Saved after five steps, killed `lost` steps later."""
     steps, saved = 12, 5
     before = Play(run_of(way, steps))
     trained = [[rollout.prompt.id for rollout in before.step(step)] for step in range(saved)]
     state = json.loads(json.dumps(before.ahead.state_dict()))
-    assert (state["trained"] == []) == (way[1] == 1)
+    assert (state["trained"] == []) == (way.over_sample == 1)
     for step in range(saved, saved + lost):
         before.step(step)
 
@@ -198,8 +235,8 @@ def test_a_resume_draws_again_what_was_in_play_and_nothing_twice(way: tuple[int,
     assert after.engine.seeds.items() <= expected.items()
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way[1] > 1])
-def test_early_stops_do_not_favour_short_answers_and_save_time(way: tuple[int, float, bool]) -> None:
+@pytest.mark.parametrize("way", [way for way in WAYS if way.over_sample > 1])
+def test_early_stops_do_not_favour_short_answers_and_save_time(way: Way) -> None:
     """Mean length over 120 of 140 steps against that of the prompts as they come, and against dropping what is late."""
     steps, prompts = 140, 32
     counted = 120
@@ -210,10 +247,10 @@ def test_early_stops_do_not_favour_short_answers_and_save_time(way: tuple[int, f
     error = np.std(drawn) / len(drawn) ** 0.5
 
     stream = iter(flat(order))
-    begun = math.ceil(way[1] * prompts)
+    begun = math.ceil(way.over_sample * prompts)
     dropping = [sorted(length_of(next(stream)) for _ in range(begun))[:prompts] for _ in range(60)]
     # Ticks of a run in which every step waits for its longest answer, and nothing else goes on:
-    update = 0 if way[2] else Clock.update
+    update = 0 if way.partial else Clock.update
     waiting = sum(max(length_of(identity) for identity in ids) + update for ids in order[:counted])
     saved = 1 - play.engine.ticks / waiting
     print(f"{way}: {mean:.2f}, as drawn {expected:.2f} +- {error:.2f}, dropping {np.mean(dropping):.2f}; -{saved:.0%}")
@@ -228,16 +265,42 @@ def ticket(number: int, begun: int) -> Ticket:
 
 
 def test_what_a_step_takes_by_hand() -> None:
-    spec = run_of((2, 1.5, False), 9, 4).rollout
+    spec = run_of(Way(2, 1.5), 9, 4).rollout
     old = [ticket(n, begun) for n, begun in enumerate([1, 2, 2, 2, 2, 2, 3, 3, 3, 3])]
     # In step 3 prompt 0 is due. Step 4 has room for four of the five that are due then: one of them has to come now.
-    assert choose(old, ["6", "7", "8", "9"], 3, spec, 4) is None
-    assert choose(old, ["6", "7", "0", "8", "9"], 3, spec, 4) is None
-    assert choose(old, ["6", "7", "0", "8", "9", "3"], 3, spec, 4) == ["0", "3", "6", "7"]
-    assert choose(old, ["3", "4", "5", "0"], 3, spec, 4) == ["0", "3", "4", "5"]
-    ordered = run_of((1, 1.0, False), 9, 4).rollout
-    assert choose(old, ["9", "8", "0", "1", "2"], 3, ordered, 4) is None
-    assert choose(old, ["9", "3", "2", "1", "0"], 3, ordered, 4) == ["0", "1", "2", "3"]
+    assert choose(old, ["6", "7", "8", "9"], 3, spec, 4, 4) is None
+    assert choose(old, ["6", "7", "0", "8", "9"], 3, spec, 4, 4) is None
+    assert choose(old, ["6", "7", "0", "8", "9", "3"], 3, spec, 4, 4) == ["0", "3", "6", "7"]
+    assert choose(old, ["3", "4", "5", "0"], 3, spec, 4, 4) == ["0", "3", "4", "5"]
+    ordered = run_of(Way(1), 9, 4).rollout
+    assert choose(old, ["9", "8", "0", "1", "2"], 3, ordered, 4, 4) is None
+    assert choose(old, ["9", "3", "2", "1", "0"], 3, ordered, 4, 4) == ["0", "1", "2", "3"]
+    waves = run_of(Way(0, waves=2), 9, 4).rollout
+    assert choose(old, ["9", "8", "3"], 3, waves, 4, 4) is None
+    assert choose(old, ["9", "8", "3", "1"], 3, waves, 4, 4) == ["1", "3"]
+    assert choose(old, ["3", "1", "2"], 3, waves, 4, 4) == ["1", "2", "3"]  # all that are there, not half of them
+    assert choose(old[:1] + old[4:], ["9"], 3, waves, 4, 1) is None
+    assert choose(old[:1] + old[4:], ["9", "0"], 3, waves, 4, 1) == ["0"]
+
+
+def test_waves_score_while_the_long_answers_go_on() -> None:
+    """A step with W waves waits for its longest answer and the last wave's scores, not for that and all scores."""
+    steps = 20
+    ticks, waves = {}, []
+    for count in (1, 4):
+        play = Play(run_of(Way(0, waves=count), steps))
+        for step in range(steps):
+            play.step(step)
+            if count == 1:
+                play.engine.ticks += Clock.scoring  # after all answers
+            waves.append(len(play.waves))
+        ticks[count] = play.engine.ticks
+    longest = sum(max(length_of(identity) for identity in ids) for ids in on_policy(steps))
+    print(
+        f"ticks {ticks}, longest answers and updates {longest + steps * Clock.update}, waves {np.mean(waves[steps:])}"
+    )
+    assert ticks[1] == longest + steps * (Clock.update + Clock.scoring)
+    assert longest + steps * Clock.update < ticks[4] < ticks[1] - steps * Clock.scoring * 0.6
 
 
 def with_spans(spans: Sequence[tuple[int, int]], domain: str = "a") -> Rollout:
@@ -277,7 +340,7 @@ def test_a_token_of_other_weights_is_refused(oldest: int, newest: int) -> None:
 
 
 def test_an_engine_that_breaks_the_bound_stops_the_run() -> None:
-    play = Play(run_of((1, 1.0, False), 9))
+    play = Play(run_of(Way(1), 9))
     play.step(0)
     play.engine._versions = {name: [-1] * length_of(name) for name in play.engine._versions}
     play.engine._answered = list(play.engine._versions)

@@ -79,6 +79,13 @@ LAGGING: dict[str, Any] = {"engine": "sglang", "sglang": {"launch": {}}, "lag": 
             LAGGING | {"sglang": {"launch": {}, "sync": {"kind": "tensor", "colocated": True}}},
             "lag: 1, but servers on the trainer's devices (sglang.sync.colocated) cannot sample while it trains",
         ),
+        ({"waves": 0}, "waves: must be >= 1, got 0"),
+        ({"waves": 2}, "waves: 2, but engine 'in_process' has a step's answers all at once; set engine: sglang, or"),
+        (LAGGING | {"lag": 2, "over_sample": 1.5, "waves": 2}, "waves: over_sample already ends a step with the"),
+        (
+            {"engine": "sglang", "waves": 2, "sglang": {"launch": {}, "sync": {"kind": "tensor", "colocated": True}}},
+            "waves: servers on the trainer's devices (sglang.sync.colocated) cannot sample while the teachers score",
+        ),
     ],
 )
 def test_a_wrong_key_is_named(tree: dict[str, Any], message: str) -> None:
@@ -94,8 +101,26 @@ def test_a_lag_goes_with_whole_steps_of_one_turn(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^rollout\.lag: objective\.dynamic_sampling .* set lag: 0, or"):
         replace(config, rollout=lagging, objective=replace(config.objective, dynamic_sampling=True))
     domains = {name: replace(spec, environment=EnvironmentSpec(kind="python")) for name, spec in config.domains.items()}
-    with pytest.raises(ConfigError, match=r"^rollout\.lag: domains\.a\.environment .* set lag to 0$"):
+    with pytest.raises(ConfigError, match=r"^rollout: domains\.a\.environment .* set lag to 0 and waves to 1$"):
         replace(config, rollout=lagging, domains=domains)
+
+
+def test_waves_are_of_one_update_and_for_teachers(tmp_path: Path) -> None:
+    config = tiny.run_config(tmp_path, kind="sampled")
+    waves = replace(config.rollout, engine="sglang", sglang=SglangSpec(launch=LaunchSpec()), waves=2)
+    assert replace(config, rollout=waves).rollout.samples_ahead
+    with pytest.raises(ConfigError, match=r"^rollout\.waves: must be 1 with several optim\.updates_per_step$"):
+        replace(config, rollout=waves, optim=replace(config.optim, updates_per_step=2))
+    with pytest.raises(ConfigError, match=r"^rollout\.waves: more than prompts_per_step$"):
+        replace(config, rollout=replace(waves, waves=config.prompts_per_step + 1))
+    domains = {name: replace(spec, environment=EnvironmentSpec(kind="python")) for name, spec in config.domains.items()}
+    with pytest.raises(ConfigError, match=r"^rollout: domains\.a\.environment .* and waves to 1$"):
+        replace(config, rollout=waves, domains=domains)
+    outcome = ObjectiveSpec(kind="sampled", outcome_weight=0.5, dynamic_sampling=True)
+    with pytest.raises(ConfigError, match=r"^rollout\.waves: objective\.dynamic_sampling"):
+        check_method("mopd", outcome, replace(waves, samples_per_prompt=2))
+    with pytest.raises(ConfigError, match=r"^rollout\.waves: stage 'rl' has no teachers"):
+        check_method("rl", ObjectiveSpec(kind="grpo"), replace(waves, samples_per_prompt=2))
 
 
 def test_how_far_ahead_a_resumed_run_samples_may_change(tmp_path: Path) -> None:
@@ -103,6 +128,7 @@ def test_how_far_ahead_a_resumed_run_samples_may_change(tmp_path: Path) -> None:
     a = replace(config, rollout=RolloutSpec(engine="sglang", sglang=SglangSpec(launch=LaunchSpec())))
     b = replace(a, rollout=replace(a.rollout, lag=2, over_sample=1.5))
     assert run_identity(a, tokenizer) == run_identity(b, tokenizer)
+    assert run_identity(a, tokenizer) == run_identity(replace(a, rollout=replace(a.rollout, waves=2)), tokenizer)
 
 
 def test_sft_samples_nothing() -> None:
