@@ -35,6 +35,9 @@ class OptimSpec:
     own. Memory and speed only: the update does not depend on it."""
     freeze_router: bool = False
     """MoE: leave the routers' weights as they are."""
+    offload: bool = False
+    """Keep AdamW's two moments in host memory: 8 bytes a parameter (of the rank's share) less on a GPU; every update
+    copies them over PCIe and back, while it computes."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr: must be > 0")

@@ -44,7 +44,13 @@ def serve(config: RunConfig, attempt: Path, port: int, name: str) -> int:
     launch = replace(spec.launch, host=socket.gethostbyname(name), port=port)
     folder = resolve_folder(config.model.source, "model")
     needs = wanted(config, read_architecture(folder), "")
-    model = ServedModel(folder=folder, dtype=needs.dtype, context=needs.context, routed_experts=needs.routed_experts)
+    model = ServedModel(
+        folder=folder,
+        dtype=needs.dtype,
+        context=needs.context,
+        routed_experts=needs.routed_experts,
+        colocated=spec.sync.colocated,
+    )
     key = api_key(spec)
     if key is None:
         raise ConfigError(

@@ -125,7 +125,7 @@ def _replace_functions() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
-    from megatron_mopd.parallel.cpu_adam import AdamW
+    from megatron_mopd.parallel.adamw import AdamW
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

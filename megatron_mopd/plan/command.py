@@ -86,7 +86,8 @@ def _print_plan(config: RunConfig, file: Path, cluster: ClusterSpec, options: Op
 
 
 def _suggest(setting: Setting, cluster: ClusterSpec, options: Options) -> None:
-    """Layouts for the engine that the configuration names; where none of them fits, for servers besides."""
+    """Layouts for the engine that the configuration names; where none of them fits, for servers besides, and then with
+    `optim.offload`."""
     from megatron_mopd.plan.suggest import distinct, fewest_gpus, search, verify
     from megatron_mopd.plan.text import suggestion_json, suggestion_lines
 
@@ -104,8 +105,13 @@ def _suggest(setting: Setting, cluster: ClusterSpec, options: Options) -> None:
         fewest = None if found[0].fits else fewest_gpus(base, cluster)
         lines += list(suggestion_lines(found, cluster, fewest))
         results.append({"fewest_gpus": fewest, "layouts": [suggestion_json(each) for each in found]})
-        if base.engine_here and base.config.generates and not found[0].fits:
+        if found[0].fits:
+            continue
+        if base.engine_here and base.config.generates:
             settings.append(replace(base, engine_here=False))
+        elif not (base.config.optim.offload or cluster.is_cpu):
+            optim = replace(base.config.optim, offload=True)
+            settings.append(replace(base, config=replace(base.config, optim=optim)))
     print(json.dumps({"gpus": cluster.gpus, "suggestions": results}, indent=2) if options.as_json else "\n".join(lines))
 
 

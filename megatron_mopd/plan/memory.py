@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from kernels.layer_blocks import KEPT_ELEMENTS
 from megatron_mopd.config import ParallelSpec, RunConfig
+from megatron_mopd.parallel.adamw import PIECE
 from megatron_mopd.plan.activations import ActivationShape, LayerSpec, activation_bytes, working_bytes
 from megatron_mopd.plan.count import ModelCount
-from megatron_mopd.plan.rollout_memory import in_process_memory
+from megatron_mopd.plan.rollout_memory import SERVER_FRACTION, in_process_memory
 from megatron_mopd.plan.workload import Packing, Workload, pack_longest
 
 GRADIENT_BYTES = 4
@@ -36,6 +37,10 @@ class StageMemory:
     loss: float
     sync: float
     optimizer_step: float
+    server_share: float
+    """Of what is free when they start, servers on the same GPUs take so much while they answer; 0: there are none."""
+    before_update: float
+    """Of `always`, what there is before the first update: when the servers start."""
 
     @property
     def always(self) -> float:
@@ -105,9 +110,25 @@ class Setting:
         return pack_longest(self.workload, order, self.data_ranks, self.max_tokens, self.parallel.context)
 
 
-def optimizer_bytes_per_parameter(itemsize: int) -> int:
-    """fp32 moments, and fp32 weights beside bf16 ones."""
-    return 8 if itemsize == 4 else 12
+MOMENT_BYTES = 8
+"""AdamW's two, fp32."""
+
+
+def master_bytes(itemsize: int) -> int:
+    """fp32 weights beside bf16 ones."""
+    return 0 if itemsize == 4 else 4
+
+
+def offloaded_bytes(setting: Setting, stage: int) -> float:
+    """Moments that a rank of `stage` keeps in host memory; 0 on a CPU, where everything is there."""
+    moved = setting.config.optim.offload and setting.spec != "local"
+    return MOMENT_BYTES * optimizer_shard(setting, stage) if moved else 0
+
+
+def optimizer_shard(setting: Setting, stage: int) -> float:
+    """Parameters that a rank of `stage` updates."""
+    shard = setting.count.shard(setting.parallel, stage)
+    return shard.dense / setting.optimizer_ranks + shard.experts / setting.expert_data_ranks
 
 
 def stage_memory(setting: Setting, packing: Packing, stage: int) -> StageMemory:
@@ -118,20 +139,22 @@ def stage_memory(setting: Setting, packing: Packing, stage: int) -> StageMemory:
     shape = ActivationShape(
         parallel=parallel, spec=setting.spec, itemsize=b, tokens=packing.rank_tokens, microbatches=packing.count
     )
-    sharded = shard.dense / setting.optimizer_ranks + shard.experts / setting.expert_data_ranks
+    sharded, offloaded = optimizer_shard(setting, stage), offloaded_bytes(setting, stage)
     last = stage == parallel.pipeline - 1
     slots = {teacher.arch: teacher for teacher in setting.teachers}
     in_slot = sum(teacher.shard(parallel, stage).total for teacher in slots.values())
     rollout = in_process_memory(count, setting.workload, config.rollout.batch_size, setting.ranks, b)
     here = setting.engine_here
     layer = max(layer.total for layer in count.layers) * b
+    slot_bytes = 0 if local else in_slot * b * config.teacher_memory.buffers
+    masters = sharded * master_bytes(b)
     wide = max((teacher.arch.hidden_size for teacher in setting.teachers), default=0)
     return StageMemory(
         weights=shard.total * b,
         gradients=shard.total * GRADIENT_BYTES,
-        optimizer=sharded * optimizer_bytes_per_parameter(b),
+        optimizer=masters + sharded * MOMENT_BYTES - offloaded,
         # On a CPU the slot points into the store of teachers: no memory of its own (it is counted as host memory).
-        teacher_slots=0 if local else in_slot * b * config.teacher_memory.buffers,
+        teacher_slots=slot_bytes,
         teacher_heads=_teacher_heads(setting) if last else 0,
         rollout_weights=rollout.weights if here else 0,
         rollout_cache=rollout.cache if here else 0,
@@ -143,7 +166,10 @@ def stage_memory(setting: Setting, packing: Packing, stage: int) -> StageMemory:
         loss=_loss_bytes(setting, packing) if last else 0,
         # A layer whole, and the parts it was gathered from; nothing is gathered on a single rank.
         sync=2 * layer if here and setting.ranks > 1 else 0,
-        optimizer_step=4 * sharded if local else 0,  # `parallel/cpu_adam.py`: the denominators
+        # `parallel/adamw.py`: denominators of everything, or of a piece beside the moments of two.
+        optimizer_step=4 * sharded if local else PIECE * (2 * MOMENT_BYTES + 4) if offloaded else 0,
+        server_share=0 if local else _server_share(config),
+        before_update=shard.total * (b + GRADIENT_BYTES) + masters + slot_bytes,
     )
 
 
@@ -152,6 +178,16 @@ def fullest(setting: Setting) -> tuple[int, StageMemory]:
     packing = setting.packing
     stages = [stage_memory(setting, packing, stage) for stage in range(setting.parallel.pipeline)]
     return max(enumerate(stages), key=lambda pair: pair[1].total)
+
+
+def _server_share(config: RunConfig) -> float:
+    """`--mem-fraction-static` of colocated servers: of the memory that is free when they start."""
+    sglang = config.rollout.sglang
+    if sglang is None or sglang.launch is None or not sglang.sync.colocated:
+        return 0
+    names = [part for argument in sglang.launch.arguments for part in argument.split("=", 1)]
+    given = names.index("--mem-fraction-static") if "--mem-fraction-static" in names else None
+    return SERVER_FRACTION if given is None else float(names[given + 1])
 
 
 def _teacher_heads(setting: Setting) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mopd.plan.cluster import ClusterSpec
-from megatron_mopd.plan.faults import host_teacher_bytes, memory_share, warnings_of
+from megatron_mopd.plan.faults import host_moment_bytes, host_teacher_bytes, memory_share, servers_bytes, warnings_of
 from megatron_mopd.plan.figure import GB, Figure, How, Section
 from megatron_mopd.plan.memory import GRADIENT_BYTES, Setting, StageMemory, fullest
 from megatron_mopd.plan.rollout_memory import server_memory
@@ -108,7 +108,7 @@ _PARTS: tuple[tuple[str, str, str], ...] = (
     ("working", "update: gradients of one layer's activations", "allowance"),
     ("loss", "update: output layer and loss", "rows, gradient, blocks of logits (kernels/README.md)"),
     ("sync", "sync: a layer whole", "one layer gathered from its parts"),
-    ("optimizer_step", "optimizer step", "denominators of AdamW on the CPU"),
+    ("optimizer_step", "optimizer step", "denominators of AdamW on the CPU; with optim.offload, pieces of the moments"),
 )
 
 
@@ -123,7 +123,13 @@ def _memory(setting: Setting, cluster: ClusterSpec, stage: int, memory: StageMem
     reserve = 0.0 if cluster.is_cpu else cluster.reserve_gb
     if reserve:
         figures.append(Figure("reserve_gb", "CUDA, NCCL, fragments", reserve, "GB", "assumed", "reserve_gb"))
-    total = memory.total / GB + reserve
+    total, answering = memory.total / GB + reserve, 0.0
+    if servers := servers_bytes(cluster, memory) / GB:
+        answering = memory.always / GB + servers + reserve
+        at_start = f"{memory.server_share:g} (--mem-fraction-static) of what is free when they start"
+        figures.append(Figure("servers_gb", "servers on these GPUs, answering", servers, "GB", "formula", at_start))
+    phase = "servers, answering" if answering > total else phase
+    total = max(total, answering)
     source = f"what is always there + the fullest phase ({phase})" + (" + the reserve" if reserve else "")
     figures.append(Figure("memory_gb", "together, at most", total, "GB", "formula", source))
     how: How = "given" if cluster.gpu_memory_gb else "ceiling"
@@ -157,6 +163,11 @@ def _host(setting: Setting, cluster: ClusterSpec) -> Section:
         size = host_teacher_bytes(setting, cluster.ranks_per_node) / GB
         source = "every rank its shard of every teacher (pinned on GPUs); equal shards are kept once, none assumed"
         figures.insert(0, Figure("host_teachers_gb", "teachers in a node's memory", size, "GB", "formula", source))
+    if moments := host_moment_bytes(setting, cluster.ranks_per_node) / GB:
+        source = "8 bytes (fp32) x parameters that a node's ranks update, pinned"
+        figures.insert(
+            0, Figure("host_moments_gb", "AdamW's moments in a node's memory", moments, "GB", "formula", source)
+        )
     return Section("host and storage", tuple(figures))
 
 
@@ -229,7 +240,9 @@ def _compute(setting: Setting, cluster: ClusterSpec, time: StepTime, efficiency:
     b = time.bottleneck
     notes = [f"bottleneck by these ceilings: {b.phase}, {b.name}, {b.seconds:,.2f} s of {time.step:,.2f} s a step"]
     if not setting.engine_here and setting.config.generates and not cluster.rollout_gpus:
-        notes.append("nobody answers: --rollout-gpus gives servers, so the time of the answers is missing")
+        shared = setting.config.rollout.sglang is not None and setting.config.rollout.sglang.sync.colocated
+        who = "servers on these GPUs answer before it" if shared else "nobody answers: --rollout-gpus gives servers"
+        notes.append(f"{who}; the time of the answers is missing")
     if efficiency == 1:
         notes.append("no run reaches its ceilings; --efficiency F assumes a share of them")
     return Section("time", tuple(rows), tuple(notes))

@@ -40,7 +40,9 @@ def _line(figure: Figure) -> str:
 
 
 def suggestion_lines(suggestions: Sequence[Suggestion], cluster: ClusterSpec, fewest: int | None) -> Iterator[str]:
-    what = "servers answer on GPUs of their own" if not suggestions[0].setting.engine_here else "engine in the process"
+    first = suggestions[0].setting
+    what = "servers answer on GPUs of their own" if not first.engine_here else "engine in the process"
+    what += "; moments in host memory" if first.config.optim.offload else ""
     yield f"\nlayouts for {cluster.gpus} GPUs of {cluster.memory_gb or 0:g} GB ({what}); TransformerConfig constructed"
     if not suggestions[0].fits:
         at = (
@@ -57,7 +59,8 @@ def suggestion_lines(suggestions: Sequence[Suggestion], cluster: ClusterSpec, fe
             f"parallel: {{tensor: {parallel.tensor}, pipeline: {parallel.pipeline}, context: {parallel.context}, "
             f"expert: {parallel.expert}, "
             f"recompute: {str(parallel.recompute).lower()}}}   "
-            f"optim: {{max_tokens_per_microbatch: {each.setting.max_tokens}}}"
+            f"optim: {{max_tokens_per_microbatch: {each.setting.max_tokens}"
+            f"{', offload: true' if each.setting.config.optim.offload else ''}}}"
         )
     yield "  (ranked by arithmetic, links and pipeline bubble at data-sheet ceilings: measure before you trust it)"
 
@@ -105,6 +108,7 @@ def suggestion_json(each: Suggestion) -> dict[str, Any]:
         "recompute": parallel.recompute,
         "max_tokens_per_microbatch": each.setting.max_tokens,
         "engine_in_process": each.setting.engine_here,
+        "offload": each.setting.config.optim.offload,
         "memory_gb": each.memory_gb,
         "memory_share": each.share,
         "fits": each.fits,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mopd.plan.cluster import ClusterSpec
-from megatron_mopd.plan.memory import GRADIENT_BYTES, Setting
+from megatron_mopd.plan.memory import GRADIENT_BYTES, Setting, offloaded_bytes
 from megatron_mopd.student.architecture import Architecture
 
 
@@ -37,6 +37,7 @@ def flows(setting: Setting, cluster: ClusterSpec) -> tuple[Flow, ...]:
         *_pipeline(setting, cluster),
         *_data(setting, cluster),
         *_teachers(setting, cluster),
+        *_moments(setting, cluster),
         *_sync(setting, cluster),
     ]
     return tuple(flow for flow in found if flow.bytes)
@@ -174,6 +175,12 @@ def _teachers(setting: Setting, cluster: ClusterSpec) -> list[Flow]:
             "teachers x their shard's bytes x updates, from host memory",
         )
     ]
+
+
+def _moments(setting: Setting, cluster: ClusterSpec) -> list[Flow]:
+    size = 2 * offloaded_bytes(setting, 0) * setting.workload.updates
+    formula = "8 bytes x parameters that the rank updates, there and back, an update"
+    return [Flow("offloaded_moments", "update", size, cluster.ceilings.pcie_gb_s, "PCIe", formula)]
 
 
 def _sync(setting: Setting, cluster: ClusterSpec) -> list[Flow]:

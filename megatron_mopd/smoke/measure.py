@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +29,11 @@ from megatron_mopd.config import (
     TeacherSpec,
 )
 from megatron_mopd.method_config import ImportanceSpec
-from megatron_mopd.types import Prompt, Rollout
+from megatron_mopd.types import MicroBatch, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from megatron_mopd.parallel.runtime import World
+    from megatron_mopd.student.architecture import Architecture
 
 TEACHERS = ("a", "b", "c")
 OBJECTIVES = {
@@ -89,7 +94,7 @@ def rollouts(vocab_size: int) -> list[Rollout]:
 
 def measure(folder: Path, parallel: ParallelSpec) -> dict[str, torch.Tensor]:
     """Name -> numbers: `logprobs` of every teacher's tokens, `swap` (its largest difference between the bank and a
-    model that was loaded in place), and `loss`, `grad_norm` for each objective. Called on every rank."""
+    model that was loaded in place), `loss`, `grad_norm` for each objective, and `offload`. Called on every rank."""
     from megatron_mopd.packing import pack_step
     from megatron_mopd.parallel.runtime import start_world, stop_world
     from megatron_mopd.student.architecture import read_architecture
@@ -124,8 +129,27 @@ def measure(folder: Path, parallel: ParallelSpec) -> dict[str, torch.Tensor]:
             found["logprobs"] = torch.cat([each.logprobs.float().cpu() for each in scores if each.logprobs is not None])
         report = student.update(batches, scores, bank.heads(), step=0)
         found[f"loss {name}"], found[f"grad_norm {name}"] = torch.tensor(report.loss), torch.tensor(report.grad_norm)
+    found["offload"] = torch.tensor(_offloaded(config, arch, world, batches))
     stop_world()
     return found
+
+
+def _offloaded(config: RunConfig, arch: Architecture, world: World, batches: list[MicroBatch]) -> float:
+    """Largest difference that AdamW with its moments in host memory makes to a weight in two updates, over `lr`."""
+    from megatron_mopd.student.sharded_state import optimizer_parts
+    from megatron_mopd.student.student import Student
+    from megatron_mopd.types import TeacherScores
+
+    weights = []
+    for offload in (False, True):
+        own = replace(config, optim=replace(config.optim, offload=offload))
+        student = Student(own, arch, world, Path(config.model.source))
+        for step in range(2):
+            student.update(batches, [TeacherScores()] * len(batches), {}, step)
+        groups = [group for part in optimizer_parts(student.optimizer) for group in part.optimizer.param_groups]
+        weights.append([parameter.detach().clone() for group in groups for parameter in group["params"]])
+    differences = [float((a - b).abs().max()) for a, b in zip(*weights, strict=True) if a.numel()]
+    return max(differences) / config.optim.lr
 
 
 def main(arguments: Sequence[str]) -> int:

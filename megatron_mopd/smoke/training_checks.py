@@ -63,6 +63,8 @@ def training_checks(device: str, folder: Path) -> Iterator[Result]:
     )
     copies = "copied on a side stream, two buffers" if device == "cuda" else "bank, which copies nothing on a CPU"
     yield attempt(f"teachers: {copies}, against loaded in place", 0.0, lambda: float(found["swap"]))
+    offload, apart = ("copied on a side stream", 1e-2) if device == "cuda" else ("copied", 0.0)
+    yield attempt(f"AdamW: moments in host memory, {offload}; of lr", apart, lambda: float(found["offload"]))
     for name in OBJECTIVES:
         for figure, key in (("loss", f"loss {name}"), ("gradient norm", f"grad_norm {name}")):
             check = partial(_relative, found, expected, key)

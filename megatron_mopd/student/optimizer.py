@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_mopd.config import OptimSpec
+from megatron_mopd.parallel.adamw import OffloadedAdamW
 from megatron_mopd.parallel.cpu import cuda_type_names
 
 
@@ -43,10 +47,24 @@ def wrap(model: GPTModel, spec: OptimSpec) -> tuple[DistributedDataParallel, Meg
         params_dtype=config.params_dtype,
         use_distributed_optimizer=True,
     )
-    with cuda_type_names(), warnings.catch_warnings():
+    with cuda_type_names(), _adam(spec), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = get_megatron_optimizer(optimizer_config, [wrapped])
     return wrapped, optimizer
+
+
+@contextlib.contextmanager
+def _adam(spec: OptimSpec) -> Iterator[None]:
+    """While Megatron builds its optimizer: the class that steps, where that is not Megatron's choice."""
+    if not spec.offload:
+        yield
+        return
+    original = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = OffloadedAdamW, False
+    try:
+        yield
+    finally:
+        megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = original
 
 
 def learning_rate(spec: OptimSpec, step: int, total_steps: int) -> float:

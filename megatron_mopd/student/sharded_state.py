@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_mopd.parallel.adamw import OffloadedAdamW
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.student.checkpoint_files import CheckpointError
 
@@ -93,6 +94,9 @@ def bytes_needed(tensors: dict[str, dict[Any, Any]], world: World) -> int:
 
 def _allocate_moments(part: DistributedOptimizer) -> None:
     """Moments of zero for an optimizer that has made no update yet: Megatron can only save what exists."""
+    if isinstance(part.optimizer, OffloadedAdamW):
+        part.optimizer.allocate()
+        return
     part.load_state_dict(part.state_dict())
     for state in part.optimizer.state.values():
         for moment in state.values():

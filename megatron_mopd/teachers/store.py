@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_mopd.config import TeacherMemorySpec
+from megatron_mopd.host_memory import host_arena
 from megatron_mopd.student.hf_files import SINGLE, TensorSpec, read_header, write_model
 from megatron_mopd.yaml_config import ConfigError
 
@@ -73,15 +74,13 @@ class ShardStore:
         return digests
 
     def _in_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Shard]:
-        """One arena for all of them: torch's pinned memory rounds every allocation up to a power of two."""
+        """One arena for all of them."""
         offsets, size = dict[str, int](), 0
         for key, tensor in tensors.items():
             offsets[key], size = size, size + -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         if not size:
             return {}
-        arena = torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
-        if self._pin:
-            _pin(arena)
+        arena = host_arena(size, pin=self._pin, remedy="teacher_memory.host_gb and teacher_memory.folder")
         shards = {}
         for key, tensor in tensors.items():
             place = arena[offsets[key] : offsets[key] + tensor.nbytes].view(tensor.dtype)
@@ -116,16 +115,6 @@ def _mapped(file: mmap.mmap, offset: int, like: Tensor) -> Shard:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the mapping cannot be written to, which nobody does
         return Shard(torch.frombuffer(file, dtype=like.dtype, count=like.numel(), offset=offset), file, offset)
-
-
-def _pin(arena: Tensor) -> None:
-    """Make the device copy from this memory by itself. Needs CUDA."""
-    error = torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.nbytes, 0)
-    if int(error) != 0:
-        raise ConfigError(
-            f"teacher_memory: {arena.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {int(error)}); "
-            "set `ulimit -l unlimited`, or teacher_memory.host_gb and teacher_memory.folder"
-        )
 
 
 def digest(tensor: Tensor) -> str:

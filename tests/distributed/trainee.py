@@ -45,6 +45,7 @@ class Trainee:
         *,
         seed: int = 0,
         context: int = 1,
+        offload: bool = False,
     ):
         _, tensor, pipeline, expert = degrees
         parallel = ParallelSpec(tensor=tensor, pipeline=pipeline, context=context, expert=expert)
@@ -52,7 +53,7 @@ class Trainee:
         self.world: World = start_world(parallel, seed)
         self.model = build_model(arch, parallel, self.world, dtype, training=True)
         init_random(self.model, arch, self.world, seed)
-        self.ddp, self.optimizer = wrap(self.model, OptimSpec(lr=1e-2, weight_decay=0.1))
+        self.ddp, self.optimizer = wrap(self.model, OptimSpec(lr=1e-2, weight_decay=0.1, offload=offload))
 
     def update(self, step: int) -> None:
         """Any gradient will do, as long as every weight gets its own and other data ranks others."""

@@ -381,7 +381,7 @@ def test_suggestions_for_128_gpus_fit_and_can_be_built() -> None:
         verify(each.setting)
 
 
-def test_eight_h100s_are_too_few_and_sixteen_or_eight_h200s_are_not() -> None:
+def test_eight_h100s_need_offload_and_sixteen_or_eight_h200s_do_not() -> None:
     base = h100(ranks=8)
     cluster = ClusterSpec(gpus=8)
     found = search(base, cluster)
@@ -389,6 +389,13 @@ def test_eight_h100s_are_too_few_and_sixteen_or_eight_h200s_are_not() -> None:
     verify(found[0].setting)
     assert fewest_gpus(base, cluster) == 16
     assert search(base, ClusterSpec(gpus=8, device="h200"))[0].fits
+    config = replace(base.config, optim=replace(base.config.optim, offload=True))
+    moved = search(replace(base, config=config), cluster)
+    assert moved[0].fits
+    verify(moved[0].setting)
+    by_layout = {each.setting.parallel: each.memory_gb for each in found}
+    least = min(by_layout[each.setting.parallel] - each.memory_gb for each in moved if each.setting.max_tokens == 65536)
+    assert least > 29  # of 30.5: 8 bytes a parameter on 8 GPUs; pieces of them come back
 
 
 def test_a_wrong_count_does_not_pass() -> None:

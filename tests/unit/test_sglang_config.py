@@ -157,6 +157,9 @@ def test_arguments_on_gpus() -> None:
     assert arguments[-2:] == ["--mem-fraction-static", "0.8"]
     assert not any("key" in argument for argument in arguments)
     assert "--attention-backend" not in arguments
+    assert "--enable-memory-saver" not in arguments
+    colocated = server_arguments(spec, replace(SERVED, colocated=True), index=1, port=3000, device="cuda")
+    assert "--enable-memory-saver" in colocated  # or SGLang could not give its memory back
 
 
 def test_arguments_and_environment_on_a_cpu() -> None:

@@ -48,6 +48,8 @@ class SglangEngine:
         self._version: int | None = None
         self._newest = 0
         """Version of the weights that were sent, or are being sent."""
+        if spec.sync.colocated:
+            torch.cuda.empty_cache()  # they size their cache by what is free when they start
         self._pool = world.on_main(lambda: open_pool(spec, inputs.model_folder, self._wanted, folder, say))
         self._dispatcher: Dispatcher | None = None
         self._flight: Flight | None = None
@@ -190,6 +192,8 @@ class SglangEngine:
         if held is not None:
             held.hold()
         self._newest = version
+        if self._sync_spec.colocated:
+            torch.cuda.empty_cache()  # the servers take back what the update has left
         servers = self._pool.ready_for_weights() if self._pool is not None else []
         self.sync_metrics = {}
         if self._world.any(bool(servers)):

@@ -38,7 +38,7 @@ def open_pool(spec: SglangSpec, folder: Path, wanted: Wanted, run_dir: Path, say
         return pool
     key = secrets.token_urlsafe(32)
     urls = [f"http://{spec.launch.host}:{port}" for port in choose_ports(spec.launch)]
-    start = _starter(spec.launch, folder, wanted, urls, key, run_dir / "logs")
+    start = _starter(spec.launch, spec.sync.colocated, folder, wanted, urls, key, run_dir / "logs")
     pool = ServerPool([ServerConnection(url=url, api_key=key) for url in urls], start=start, check=check, say=say)
     try:
         pool.wait_started(spec.launch.start_seconds)
@@ -49,10 +49,16 @@ def open_pool(spec: SglangSpec, folder: Path, wanted: Wanted, run_dir: Path, say
 
 
 def _starter(
-    spec: LaunchSpec, folder: Path, wanted: Wanted, urls: Sequence[str], key: str, logs: Path
+    spec: LaunchSpec, colocated: bool, folder: Path, wanted: Wanted, urls: Sequence[str], key: str, logs: Path
 ) -> Callable[[int], ServerProcess]:
     device: Device = spec.device if spec.device != "auto" else ("cuda" if gpu_count() else "cpu")
-    model = ServedModel(folder=folder, dtype=wanted.dtype, context=wanted.context, routed_experts=wanted.routed_experts)
+    model = ServedModel(
+        folder=folder,
+        dtype=wanted.dtype,
+        context=wanted.context,
+        routed_experts=wanted.routed_experts,
+        colocated=colocated,
+    )
     environment = server_environment(device, spec.tensor, os.environ)
 
     def start(number: int) -> ServerProcess:

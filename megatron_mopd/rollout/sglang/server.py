@@ -44,6 +44,8 @@ class ServedModel:
     """Longest prompt and response together."""
     routed_experts: bool
     """Whether answers say which experts each token was routed to."""
+    colocated: bool = False
+    """Whether the server shares its GPUs with the trainer, and has to be able to give their memory up."""
 
 
 def server_arguments(spec: LaunchSpec, model: ServedModel, *, index: int, port: int, device: Device) -> list[str]:
@@ -63,6 +65,7 @@ def server_arguments(spec: LaunchSpec, model: ServedModel, *, index: int, port: 
         arguments += ["--enable-return-routed-experts"]
     if device == "cuda":
         arguments += ["--base-gpu-id", str(spec.first_gpu + index * spec.tensor)]
+        arguments += ["--enable-memory-saver"] if model.colocated else []
     else:
         # Without a bound SGLang would fill the machine's memory with cache: one of 64 requests of the longest kind.
         arguments += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
