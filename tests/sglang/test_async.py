@@ -208,8 +208,9 @@ def test_a_run_that_is_killed_goes_on_and_trains_on_every_prompt_once(
     }
     tree["objective"] |= {"importance": {"kind": "tis"}}
     tree["rollout"] |= rollout
-    for domain in tree["domains"].values():
-        domain["max_response_tokens"] = 16
+    # Of lengths so different that a step which takes the first ones has some under way.
+    for domain, tokens in zip(tree["domains"].values(), (4, 16, 32), strict=True):
+        domain["max_response_tokens"] = tokens
     config = write_run(tmp_path / "run.yaml", tree)
 
     process = start(config)
@@ -243,7 +244,7 @@ def test_scored_in_waves_a_step_is_what_it_is_in_one(models: Path, tmp_path: Pat
             "optim": {"lr": 1e-3, "warmup_steps": 2},
             "parallel": {"ranks": 2},
         }
-        tree["objective"] |= {"domain_weights": {"kind": "token_share"}}
+        tree["objective"] |= {"aggregation": "token", "domain_weights": {"kind": "token_share"}}
         tree["rollout"] |= {"waves": waves}
         for domain in tree["domains"].values():
             domain["max_response_tokens"] = 16
@@ -251,7 +252,7 @@ def test_scored_in_waves_a_step_is_what_it_is_in_one(models: Path, tmp_path: Pat
         output = process.communicate(timeout=SECONDS)[0].decode()
         assert process.returncode == 0, output
         records.append(read_records(run_dir / "metrics.jsonl"))
-        weights.append(load_file(run_dir / "checkpoints" / "latest" / "model.safetensors"))
+        weights.append(load_file(run_dir / "checkpoints" / "latest" / "model" / "model.safetensors"))
     for one, four in zip(*records, strict=True):
         assert one["tokens/generated"] == four["tokens/generated"]
         for key in ("loss", "grad_norm", "reverse_kl", "reward", "domain_factor/a", "domain_factor/b"):
