@@ -17,13 +17,13 @@ help:  ## Show this list
 
 setup: $(STAMP)  ## Make .venv with every dependency (minutes the first time, nothing after that)
 
-$(STAMP): pyproject.toml constraints.txt launch/setup.sh
+$(STAMP): pyproject.toml constraints.txt launch/setup.sh launch/python_environment.sh
 	@bash launch/setup.sh $(VENV)
 	@touch $@
 
 sglang: $(SGLANG_STAMP)  ## Make .venv-sglang: a real SGLang server on the CPU (minutes the first time, 3 GB)
 
-$(SGLANG_STAMP): constraints-sglang.txt $(wildcard launch/sglang*) $(wildcard launch/sglang_torch_cpu/src/*/*.py)
+$(SGLANG_STAMP): constraints-sglang.txt launch/python_environment.sh $(wildcard launch/sglang*) $(wildcard launch/sglang_torch_cpu/src/*/*.py)
 	@bash launch/sglang_setup.sh $(SGLANG)
 	@touch $@
 

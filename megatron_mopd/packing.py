@@ -143,6 +143,19 @@ def _lay_out_experts(rollouts: Sequence[Rollout], layout: TokenLayout) -> torch.
     return torch.from_numpy(layout.tokens(parts, np.int16, padding=-1))
 
 
+def plan_step(
+    rollouts: Sequence[Rollout], config: RunConfig, *, data_ranks: int, context_ranks: int = 1
+) -> list[BatchPlan]:
+    """Who trains on which of the rollouts; teachers in the order of the configuration."""
+    return plan_microbatches(
+        [padded_length(len(rollout.token_ids), context_ranks) for rollout in rollouts],
+        [config.domains[rollout.domain].teacher for rollout in rollouts],
+        order=tuple(config.teachers) or (None,),
+        ranks=data_ranks,
+        max_tokens=config.optim.max_tokens_per_microbatch,
+    )
+
+
 def pack_step(
     rollouts: Sequence[Rollout],
     config: RunConfig,
@@ -159,19 +172,13 @@ def pack_step(
     Raises ConfigError on every rank for a rollout without the experts that `rollout.routing_replay` is to replay.
     """
     with_experts = config.rollout.routing_replay == "R3"
-    without = [rollout.prompt.id for rollout in rollouts if with_experts and rollout.routed_experts is None]
+    without = [r.prompt.id for r in rollouts if with_experts and r.routed_experts is None and r.experts_on is None]
     if without:
         raise ConfigError(
             f"rollout.routing_replay: R3, but {len(without)} of {len(rollouts)} rollouts came without routed experts "
             f"({without[0]} first); use servers that report them, or set it to off"
         )
-    plans = plan_microbatches(
-        [padded_length(len(rollout.token_ids), context_ranks) for rollout in rollouts],
-        [config.domains[rollout.domain].teacher for rollout in rollouts],
-        order=tuple(config.teachers) or (None,),
-        ranks=data_ranks,
-        max_tokens=config.optim.max_tokens_per_microbatch,
-    )
+    plans = plan_step(rollouts, config, data_ranks=data_ranks, context_ranks=context_ranks)
     return [
         pack(
             [rollouts[index] for index in plan.members[data_rank]],

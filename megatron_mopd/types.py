@@ -99,6 +99,9 @@ class Rollout:
     routed_experts: ExpertArray | None = None
     """[T, MoE layers, k] the experts that the rollout engine's routers chose for each token (R3, arXiv 2510.11370);
     -1 throughout a row that it did not report (the last token's). None where nothing is replayed."""
+    experts_on: int | None = None
+    """The rank that has `routed_experts`, where ranks share their rollouts; the others get what they train on when they
+    pack it."""
     reward: float = 0.0
     """The verifier's score in [0, 1]; 0 when the domain was not verified."""
     outcome_advantage: float = 0.0

@@ -10,9 +10,10 @@ import numpy as np
 from megatron_mopd.config import RunConfig
 from megatron_mopd.domain_weights import DomainGaps, count_units, domain_factors, weighted
 from megatron_mopd.metrics import PhaseTimer
-from megatron_mopd.packing import pack_step
+from megatron_mopd.packing import pack_step, plan_step
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.rollout.collect import Collector
+from megatron_mopd.routing_exchange import deliver_experts
 from megatron_mopd.student.student import Student
 from megatron_mopd.types import MicroBatch, Rollout
 
@@ -83,7 +84,11 @@ class Updates:
 
     def pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         """This rank's share of its data-parallel group's micro-batches; on every rank as many, with the same teachers
-        in the same order."""
+        in the same order. Collective."""
+        world = self._world
+        if self._config.rollout.routing_replay == "R3" and world.size > 1:
+            plans = plan_step(rollouts, self._config, data_ranks=world.data.size, context_ranks=world.context.size)
+            rollouts = deliver_experts(rollouts, plans, world.all_gather_objects(world.data.rank), world)
         return pack_step(
             rollouts,
             self._config,

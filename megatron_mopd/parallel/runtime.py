@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -72,6 +72,13 @@ class World:
         received: list[Any] = [None]
         dist.scatter_object_list(received, values if self.is_main else None, src=0)
         return received[0]
+
+    def all_to_all_bytes(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """pieces: [size] uint8 in host memory, the r-th for rank r. Returns what each rank had for this one, in rank
+        order: sizes[r] bytes from rank r."""
+        received = torch.empty(sum(sizes), dtype=torch.uint8)
+        dist.all_to_all_single(received, torch.cat(list(pieces)), list(sizes), [len(piece) for piece in pieces])
+        return list(received.split(list(sizes)))
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one. Collective."""

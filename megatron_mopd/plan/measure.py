@@ -49,7 +49,8 @@ def peak_of(work: Callable[[], object]) -> Peak:
     """What torch's CPU allocator had at most given out while `work` ran, beyond what it had before.
 
     What is held at the end is counted on the tensors that live: the profiler does not see what other threads free
-    (those of gloo, and of a recomputation's backward pass), so that its running sum drifts upwards.
+    (those of gloo, and of a recomputation's backward pass), so that its running sum drifts upwards. By how much is
+    known at the end, and is taken off in proportion to the events until then.
     """
     before = _live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -57,7 +58,8 @@ def peak_of(work: Callable[[], object]) -> Peak:
     held = _live_bytes() - before
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    running = np.cumsum([event.nbytes() for event in events])
+    running = np.cumsum([event.nbytes() for event in events]).astype(np.float64)
+    running -= np.linspace(0, running[-1] - held, len(running))
     del kept
     return Peak(held, int(running.max()))
 

@@ -159,6 +159,14 @@ def _host(setting: Setting, cluster: ClusterSpec) -> Section:
             "run_folder_gb", "a run's folder", (keep + 1) * one, "GB", "formula", "keep_last, and one being written"
         ),
     ]
+    if setting.config.rollout.routing_replay == "R3":
+        arch, tokens = setting.count.arch, setting.workload.tokens
+        size = 2 * arch.num_layers * arch.experts_per_token * tokens / GB
+        share = size / setting.data_ranks * cluster.ranks_per_node
+        source = "2 bytes x layers x k x tokens of every rank's data-parallel share"
+        figures.insert(0, Figure("host_experts_gb", "R3: experts in a node's memory", share, "GB", "formula", source))
+        source = "of all of a step's answers, until they are shared out"
+        figures.insert(1, Figure("main_experts_gb", "R3: experts on the first rank", size, "GB", "formula", source))
     if setting.teachers:
         size = host_teacher_bytes(setting, cluster.ranks_per_node) / GB
         source = "every rank its shard of every teacher (pinned on GPUs); equal shards are kept once, none assumed"

@@ -19,6 +19,7 @@ from megatron_mopd.parallel.runtime import World
 from megatron_mopd.rollout.ahead import Ahead
 from megatron_mopd.rollout.engine import RolloutEngine, Sampling
 from megatron_mopd.rollout.stored_answers import StoredAnswers
+from megatron_mopd.routing_exchange import without_experts
 from megatron_mopd.tokenizer import Tokenizer
 from megatron_mopd.types import Prompt, Rollout
 from megatron_mopd.yaml_config import ConfigError
@@ -151,19 +152,23 @@ class Collector:
 def _share(own: Sequence[Rollout], problem: str | None, prompts: Sequence[Prompt], world: World) -> list[Rollout]:
     """All ranks' rollouts in prompt order, or the first rank's problem as a ConfigError on all of them.
 
-    Prompts are on every rank already and do not travel.
+    Prompts are on every rank already and do not travel; routed experts stay where they are (`routing_exchange.py`).
     """
     if world.size == 1 and problem is None:
         return list(own)
     place = {prompt.id: index for index, prompt in enumerate(prompts)}
-    stripped = [(place[r.prompt.id], replace(r, prompt=_NOWHERE)) for r in own]
+    stripped = [(place[r.prompt.id], replace(without_experts(r, world.rank), prompt=_NOWHERE)) for r in own]
     gathered = world.all_gather_objects((problem, stripped))
     for message, _ in gathered:
         if message is not None:
             raise ConfigError(message)
     pairs = [pair for _, part in gathered for pair in part]
     pairs.sort(key=lambda pair: (pair[0], pair[1].sample))
-    return [replace(rollout, prompt=prompts[index]) for index, rollout in pairs]
+    held = {(r.prompt.id, r.sample): r.routed_experts for r in own}
+    return [
+        replace(rollout, prompt=prompts[index], routed_experts=held.get((prompts[index].id, rollout.sample)))
+        for index, rollout in pairs
+    ]
 
 
 _NOWHERE = Prompt(id="", domain="", token_ids=np.zeros(0, np.int64), answer="", max_response_tokens=0)

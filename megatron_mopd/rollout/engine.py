@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.types import Prompt, Rollout
 from megatron_mopd.yaml_config import ConfigError
 
@@ -37,6 +38,23 @@ class Sampling:
             raise ValueError(f"top_p: must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k: must be >= 0 (0 is no limit), got {self.top_k}")
+
+
+def check_prompt(prompt: Prompt, arch: Architecture) -> None:
+    """Raise ValueError, naming the prompt, for one that a model of these shapes cannot continue."""
+    length, response = len(prompt.token_ids), prompt.max_response_tokens
+    if length == 0:
+        raise ValueError(f"prompt {prompt.id}: has no tokens")
+    if response < 1:
+        raise ValueError(f"prompt {prompt.id}: max_response_tokens must be >= 1, got {response}")
+    if length + response > arch.max_positions:
+        raise ValueError(
+            f"prompt {prompt.id}: {length} tokens and a response of up to {response} do not fit "
+            f"the model's {arch.max_positions} positions"
+        )
+    low, high = int(prompt.token_ids.min()), int(prompt.token_ids.max())
+    if low < 0 or high >= arch.vocab_size:
+        raise ValueError(f"prompt {prompt.id}: token ids {low}..{high} leave the vocabulary of {arch.vocab_size}")
 
 
 class RolloutEngine(Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_mopd.rollout.decoder import Decoder
-from megatron_mopd.rollout.engine import Sampling
+from megatron_mopd.rollout.engine import Sampling, check_prompt
 from megatron_mopd.rollout.sampling import draw, stream_key, uniforms
 from megatron_mopd.student.architecture import Architecture
 from megatron_mopd.types import FinishReason, FloatArray, IntArray, Prompt, Rollout
@@ -74,7 +74,7 @@ class InProcessEngine:
         if samples < 1:
             raise ValueError(f"samples: must be >= 1, got {samples}")
         for prompt in prompts:
-            self._check(prompt)
+            check_prompt(prompt, self.decoder.arch)
         jobs = [
             _Job(index * samples + sample, prompt, sample)
             for index, prompt in enumerate(prompts)
@@ -89,21 +89,6 @@ class InProcessEngine:
                 for job, rollout in zip(batch, self._decode(batch, sampling, seed), strict=True):
                     rollouts[job.place] = rollout
         return [rollouts[place] for place in range(len(jobs))]
-
-    def _check(self, prompt: Prompt) -> None:
-        arch, length, response = self.decoder.arch, len(prompt.token_ids), prompt.max_response_tokens
-        if length == 0:
-            raise ValueError(f"prompt {prompt.id}: has no tokens")
-        if response < 1:
-            raise ValueError(f"prompt {prompt.id}: max_response_tokens must be >= 1, got {response}")
-        if length + response > arch.max_positions:
-            raise ValueError(
-                f"prompt {prompt.id}: {length} tokens and a response of up to {response} do not fit "
-                f"the model's {arch.max_positions} positions"
-            )
-        low, high = int(prompt.token_ids.min()), int(prompt.token_ids.max())
-        if low < 0 or high >= arch.vocab_size:
-            raise ValueError(f"prompt {prompt.id}: token ids {low}..{high} leave the vocabulary of {arch.vocab_size}")
 
     def _decode(self, jobs: Sequence[_Job], sampling: Sampling, seed: int) -> Iterator[Rollout]:
         """Decode one batch; yields a rollout per job, in order."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_mopd.config import RunConfig
 from megatron_mopd.parallel.runtime import World
 from megatron_mopd.preflight import Inputs
-from megatron_mopd.rollout.engine import RolloutFailure, Sampling
-from megatron_mopd.rollout.sglang.check import Wanted, make_run_id, wanted
+from megatron_mopd.rollout.engine import RolloutFailure, Sampling, check_prompt
+from megatron_mopd.rollout.sglang.check import make_run_id, wanted
 from megatron_mopd.rollout.sglang.client import Dispatcher, Limits, Request
 from megatron_mopd.rollout.sglang.flight import Choose, Flight
 from megatron_mopd.rollout.sglang.http import ServerConnection, ServerError
@@ -94,7 +94,7 @@ class SglangEngine:
     ) -> list[list[Rollout]]:
         """The rollouts of every rank's prompts."""
         for prompt in (prompt for part in asked for prompt in part):
-            _check(prompt, self._wanted)
+            check_prompt(prompt, self._wanted.arch)
         requests = [
             self._request(prompt, sample, seed, None, sampling)
             for part in asked
@@ -108,7 +108,7 @@ class SglangEngine:
         """Have these answered, `rollout.samples_per_prompt` times each, while the ranks go on; and go on with what a
         `take` has stopped. Every rank calls it with the same prompts; nothing waits."""
         for prompt in prompts:
-            _check(prompt, self._wanted)
+            check_prompt(prompt, self._wanted.arch)
         if self._flight is not None:
             self._flight.resume()
             for prompt, seed in zip(prompts, seeds, strict=True):
@@ -234,16 +234,3 @@ def _for_all_ranks(error: RolloutFailure | ValueError | ServerError) -> Exceptio
 def _stripped(prompt: Prompt) -> Prompt:
     """What the first rank has to know of another one's prompt."""
     return replace(prompt, answer="", record={}, question="")
-
-
-def _check(prompt: Prompt, wanted: Wanted) -> None:
-    arch, length, response = wanted.arch, len(prompt.token_ids), prompt.max_response_tokens
-    if length == 0:
-        raise ValueError(f"prompt {prompt.id}: has no tokens")
-    if response < 1:
-        raise ValueError(f"prompt {prompt.id}: max_response_tokens must be >= 1, got {response}")
-    if length + response > arch.max_positions:
-        raise ValueError(
-            f"prompt {prompt.id}: {length} tokens and a response of up to {response} do not fit "
-            f"the model's {arch.max_positions} positions"
-        )
