@@ -202,7 +202,8 @@ stop_rollout() {
 }
 
 judge() { # complete, useless to repeat, or again
-    if [[ -e $DONE ]]; then
+    # A run says by itself that its last step is saved; other commands are through when they end well.
+    if [[ -e $DONE || ($COMMAND != run && $TRAIN_CODE == 0 && -z $STOP$SERVERS_LOST) ]]; then
         end_attempt complete
         finish_complete
         log "complete; $RUN_DIR"

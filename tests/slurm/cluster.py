@@ -207,6 +207,11 @@ class Cluster:
         """Start the slurmd of `name`."""
         self._daemon(name, "slurmd", "-N", name, "-f", str(self.conf))
 
+    def resume_node(self, name: str) -> None:
+        """Give it jobs again, if Slurm does not do so by itself once its slurmd is back; wait until it is idle."""
+        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
+        wait_until(lambda: set(self.run("sinfo", "-h", "-n", name, "-o", "%T").split()) == {"idle"}, 60)
+
     def kill_node(self, name: str) -> None:
         """End the slurmd of `name` as a crash of the node would; Slurm can no longer reach what runs there."""
         os.kill(int((self.folder / "run" / f"slurmd.{name}.pid").read_text()), signal.SIGKILL)

@@ -69,9 +69,8 @@ def test_a_study_and_a_chain_that_breaks(cluster: Cluster, project: Project, tmp
     folder = write_study(project.folder, tmp_path / "study")
     plan = cluster.run(PIPELINE, "--dry-run", *OPTIONS, str(folder)).splitlines()
     assert [line.split()[0] for line in plan] == ["sft", "teacher_a", "teacher_b", "teacher_c", "mopd", "eval_mopd"]
-    assert "afterok:\\<teacher_a\\>\\,afterok:\\<teacher_b\\>\\,afterok:\\<teacher_c\\>" in plan[4].replace(
-        ",a", "\\,a"
-    )
+    # Quoted for a shell: whether bash quotes a comma depends on its version.
+    assert "afterok:<teacher_a>,afterok:<teacher_b>,afterok:<teacher_c>" in plan[4].replace("\\", "")
     assert cluster.run("squeue", "-h") == ""
 
     jobs = submit(cluster, folder)
