@@ -60,10 +60,14 @@ test_only() { # Slurm's own opinion, and the nodes that it would give: HOSTS
         fail "Slurm refuses the job: $(grep -v '^$' <<<"$answer" | tail -n1)"
         return 1
     fi
-    # "... on nodes node[1-2] in partition batch"; of a het job "... on node[1-3]", its parts one after the other.
+    # "... on nodes node[1-2] in partition batch"; of a het job "... on node[1-3]", where Slurm does not give both of its
+    # parts the same nodes, each seen by itself: then nobody knows the names yet.
     mapfile -t HOSTS < <(scontrol show hostnames "$(sed -n 's/.* processors on \(nodes \)\{0,1\}\([^ ]*\).*/\2/p' <<<"$answer" | head -n1)" 2>/dev/null)
     local serving=${#HET_HOSTS[@]} i
-    ((${#HOSTS[@]} == NODES + serving)) || mapfile -t HOSTS < <(seq -f 'node%g' 0 $((NODES + serving - 1)))
+    if ((${#HOSTS[@]} != NODES + serving)); then
+        mapfile -t HOSTS < <(seq -f 'node%g' 0 $((NODES - 1)))
+        return
+    fi
     for ((i = 0; i < serving; i++)); do HET_HOSTS[i]=${HOSTS[NODES + i]}; done
     HOSTS=("${HOSTS[@]:0:NODES}")
 }

@@ -77,8 +77,8 @@ def test_a_study_and_a_chain_that_breaks(cluster: Cluster, project: Project, tmp
     assert ends(cluster, jobs) == dict.fromkeys(jobs, "COMPLETED")
     teachers = json.loads((folder / "runs/mopd/checkpoints/latest/manifest.json").read_text())["state"]["teachers"]
     assert len({teacher["weights"] for teacher in teachers.values()}) == 3
-    accuracy = json.loads((folder / "runs/mopd/eval.json").read_text())
-    assert set(accuracy["accuracy"]) == {"a", "b", "c"}
+    result = json.loads((folder / "runs/mopd/eval.json").read_text())
+    assert set(result["domains"]) == {"a", "b", "c"}
 
     # The same study once more: what is complete ends at once. One teacher is to go on as another run, which is refused.
     file = folder / "teacher_b.yaml"
