@@ -6,9 +6,6 @@ BIN   := $(VENV)/bin
 SGLANG       := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.setup-done
 
-# Tests of one process each run two at a time; those of several ranks, which fill the cores by themselves, do not.
-ONE_PROCESS := tests/unit tests/kernels tests/te tests/environments
-
 # Two ranks on two cores: more threads, or threads that spin while they wait, only slow each other down.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -34,10 +31,7 @@ demo: $(STAMP)  ## SFT base -> three RL teachers -> one MOPD student -> table an
 	@$(BIN)/mopd demo
 
 test: $(STAMP)  ## Run all tests
-	@failed=0; \
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ONE_PROCESS) || failed=1; \
-	$(BIN)/python -m pytest -q tests/distributed tests/e2e || failed=1; \
-	exit $$failed
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm
 
 test-slurm: $(STAMP)  ## Test launch/ on a real Slurm, which is installed (root, apt) and started for it
 	@bash tests/slurm/install.sh || echo "Slurm could not be installed: its tests are skipped"

@@ -139,7 +139,11 @@ def pack(
 
 def _lay_out_experts(rollouts: Sequence[Rollout], layout: TokenLayout) -> torch.Tensor:
     """[S / C, MoE layers, k] int16; -1 for the padding."""
-    parts = [rollout.routed_experts for rollout in rollouts if rollout.routed_experts is not None]
+    parts = []
+    for rollout in rollouts:
+        if rollout.routed_experts is None:
+            raise ValueError(f"rollout of {rollout.prompt.id}: its experts are on rank {rollout.experts_on}, not here")
+        parts.append(rollout.routed_experts)
     return torch.from_numpy(layout.tokens(parts, np.int16, padding=-1))
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from megatron_mopd.config import RunConfig
 from megatron_mopd.domains.mixer import DomainMixer
-from megatron_mopd.packing import pack_step
+from megatron_mopd.packing import pack_step, plan_step
 from megatron_mopd.rollout.collect import Collector
 from megatron_mopd.rollout.sglang import engine as sglang_engine
+from megatron_mopd.routing_exchange import deliver_experts
 from megatron_mopd.types import Rollout
 from megatron_mopd.yaml_config import build
 from tests.distributed.ranks import run_ranks
@@ -46,8 +47,9 @@ def _collect(config: RunConfig) -> dict[str, Any]:
     trainer.send(0)
     world, tokenizer = trainer.world, trainer.inputs.tokenizer
     rollouts = Collector(config, DomainMixer(config, tokenizer), trainer.engine, tokenizer, world).collect(0)
+    plans = plan_step(rollouts, config, data_ranks=world.data.size)
     batches = pack_step(
-        rollouts,
+        deliver_experts(rollouts, plans, world.all_gather_objects(world.data.rank), world),
         config,
         data_rank=world.data.rank,
         data_ranks=world.data.size,
@@ -93,4 +95,5 @@ def test_what_the_server_saw_is_what_is_trained_on(models: Path, tmp_path: Path)
     assert trained == first["sampled"] + second["sampled"]
     # The student, with the whole episode in one pass, agrees with the server, which had it turn by turn.
     assert first["difference"] < 1e-4
-    assert len(first["routing"]) == len(episodes) and all(first["routing"])
+    # Each rank has the experts of the episodes that it played.
+    assert len(first["routing"] + second["routing"]) == len(episodes) and all(first["routing"] + second["routing"])
