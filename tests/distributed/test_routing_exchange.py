@@ -40,25 +40,18 @@ def exchanged(config: RunConfig, rollouts: Sequence[Rollout], round_bytes: int) 
     assert [r.routed_experts is not None for r in shared] == [i % world.size == world.rank for i in range(len(shared))]
     plans = plan_step(shared, config, data_ranks=world.data.size, context_ranks=world.context.size)
     delivered = deliver_experts(shared, plans, world.all_gather_objects(world.data.rank), world)
-    batches = pack_step(
-        delivered,
-        config,
-        data_rank=world.data.rank,
-        data_ranks=world.data.size,
-        multiple_of=world.tensor.size,
-        device=world.device,
-        context_ranks=world.context.size,
-        context_rank=world.context.rank,
-    )
-    whole = pack_step(
-        rollouts,
-        config,
-        data_rank=world.data.rank,
-        data_ranks=world.data.size,
-        multiple_of=world.tensor.size,
-        device=world.device,
-        context_ranks=world.context.size,
-        context_rank=world.context.rank,
+    batches, whole = (
+        pack_step(
+            each,
+            config,
+            data_rank=world.data.rank,
+            data_ranks=world.data.size,
+            multiple_of=world.tensor.size,
+            device=world.device,
+            context_ranks=world.context.size,
+            context_rank=world.context.rank,
+        )
+        for each in (delivered, rollouts)
     )
     assert len(batches) == len(whole) > 2
     for found, expected in zip(batches, whole, strict=True):
