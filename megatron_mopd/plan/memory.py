@@ -11,6 +11,7 @@ from megatron_mopd.plan.activations import ActivationShape, LayerSpec, activatio
 from megatron_mopd.plan.count import ModelCount
 from megatron_mopd.plan.rollout_memory import SERVER_FRACTION, in_process_memory
 from megatron_mopd.plan.workload import Packing, Workload, pack_longest
+from megatron_mopd.yaml_config import ConfigError
 
 GRADIENT_BYTES = 4
 """`grad_reduce_in_fp32`: one fp32 buffer of the whole shard."""
@@ -181,13 +182,23 @@ def fullest(setting: Setting) -> tuple[int, StageMemory]:
 
 
 def _server_share(config: RunConfig) -> float:
-    """`--mem-fraction-static` of colocated servers: of the memory that is free when they start."""
+    """`--mem-fraction-static` of colocated servers: of the memory that is free when they start.
+
+    Raises ConfigError where it is no number.
+    """
     sglang = config.rollout.sglang
     if sglang is None or sglang.launch is None or not sglang.sync.colocated:
         return 0
     names = [part for argument in sglang.launch.arguments for part in argument.split("=", 1)]
-    given = names.index("--mem-fraction-static") if "--mem-fraction-static" in names else None
-    return SERVER_FRACTION if given is None else float(names[given + 1])
+    if "--mem-fraction-static" not in names:
+        return SERVER_FRACTION
+    given = next(iter(names[names.index("--mem-fraction-static") + 1 :]), "nothing")
+    try:
+        return float(given)
+    except ValueError:
+        raise ConfigError(
+            f"rollout.sglang.launch.arguments: --mem-fraction-static takes a number, got {given}"
+        ) from None
 
 
 def _teacher_heads(setting: Setting) -> float:

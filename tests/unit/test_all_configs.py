@@ -24,7 +24,7 @@ from megatron_mopd.plan.workload import workload_of
 from megatron_mopd.preflight import check_beforehand
 from megatron_mopd.reproduce.config import load_reproduce_config
 from megatron_mopd.student.architecture import Architecture
-from megatron_mopd.yaml_config import load_yaml
+from megatron_mopd.yaml_config import ConfigError, build, load_yaml, to_tree
 
 ROOT = Path(__file__).parents[2]
 FILES = {str(file.relative_to(ROOT)): file for file in sorted((ROOT / "configs").rglob("*.yaml"))}
@@ -122,6 +122,30 @@ def test_one_node_of_80_gb_needs_the_moments_in_host_memory() -> None:
     moved = offloaded_bytes(setting, 0)
     assert moved == pytest.approx(8 * 30_532_122_624 / 8, rel=0.01)
     assert fullest(whole)[1].always - fullest(setting)[1].always == pytest.approx(moved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "share"),
+    [
+        (["--mem-fraction-static", "0.5"], 0.5),
+        (["--mem-fraction-static=0.25"], 0.25),
+        ([], 0.88),
+        (["--mem-fraction-static"], None),
+        (["--mem-fraction-static", "half"], None),
+    ],
+)
+def test_the_servers_share_is_read_from_their_arguments(arguments: list[str], share: float | None) -> None:
+    setting = setting_of("configs/recipes/m2rl/mopd.yaml")
+    tree = to_tree(setting.config)
+    tree["rollout"]["sglang"]["launch"]["arguments"] = arguments
+    setting = replace(setting, config=build(RunConfig, tree))
+    if share is not None:
+        assert fullest(setting)[1].server_share == share
+        return
+    with pytest.raises(
+        ConfigError, match=r"launch\.arguments: --mem-fraction-static takes a number, got (half|nothing)"
+    ):
+        fullest(setting)
 
 
 def places(config: RunConfig) -> dict[str, DomainSpec]:
